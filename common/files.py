@@ -1,0 +1,48 @@
+"""Atomic and durable files: a reader sees the old content or the new, never half of it.
+
+Guarantees: after `write_atomic` returns, the content survives a power cut (file and directory are
+fsynced). Temporary files carry the suffix `.partial` and the writer's pid, and are safe to delete.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write bytes to `path` by temp file, fsync, rename and directory fsync."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def append_durable(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Append bytes to `path` and fsync before returning; the caller owns record framing."""
+    new = not path.exists()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode)
+    with os.fdopen(descriptor, "ab") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    if new:
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """fsync a directory so that renames and creations in it are durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
