@@ -29,3 +29,34 @@ class BodyTooLarge(FedRadError):
 
 class ManifestInvalid(FedRadError):
     """A study manifest has an unknown or missing key, a wrong unit or an impossible combination."""
+
+
+# --- prepared site data (client/data) ---------------------------------------------------------------------
+
+
+class DatasetInvalid(FedRadError):
+    """A prepared data folder breaks the contract of `pairs.jsonl`, `card.json` or `checksums.json`."""
+
+
+class PairInvalid(DatasetInvalid):
+    """A line of `pairs.jsonl` has an unknown, missing or mistyped field."""
+
+
+class StudyDuplicated(DatasetInvalid):
+    """A study occurs twice in one prepared data folder."""
+
+
+class ImagePathEscapes(DatasetInvalid):
+    """An image path is absolute, leaves its folder or passes through a symbolic link."""
+
+
+class ImageMissing(DatasetInvalid):
+    """An image that a pair names is not in the prepared data folder."""
+
+
+class SplitLeaks(DatasetInvalid):
+    """One patient occurs in two splits."""
+
+
+class DatasetExists(DatasetInvalid):
+    """The output folder already holds something that this command did not make or may not replace."""
