@@ -60,3 +60,127 @@ class SplitLeaks(DatasetInvalid):
 
 class DatasetExists(DatasetInvalid):
     """The output folder already holds something that this command did not make or may not replace."""
+
+
+# --- identity and messages --------------------------------------------------------------------------------
+
+
+class KeyFileInvalid(FedRadError):
+    """A key file is missing, unreadable, of another kind, or readable by others."""
+
+
+class SignatureInvalid(FedRadError):
+    """A signature does not verify under the pinned key."""
+
+
+class EnvelopeMalformed(FedRadError):
+    """Bytes are not a protocol message: framing, header fields or lengths are wrong."""
+
+
+class VersionUnsupported(FedRadError):
+    """The peer speaks a protocol version that this side does not."""
+
+
+class UnknownSender(FedRadError):
+    """A message comes from a sender that the study's manifest does not pin."""
+
+
+class WrongRecipient(FedRadError):
+    """A message is addressed to somebody else."""
+
+
+class WrongStudy(FedRadError):
+    """A message belongs to another study."""
+
+
+class WrongRound(FedRadError):
+    """A message belongs to another round or attempt."""
+
+
+class WrongStage(FedRadError):
+    """A message of one stage arrives where another is due."""
+
+
+class PreviousStateMismatch(FedRadError):
+    """A message builds on a state that this side has not seen."""
+
+
+class MessageReplayed(FedRadError):
+    """A message's nonce was seen before, or a reply answers another request."""
+
+
+class BodyHashMismatch(FedRadError):
+    """A body is not the one that the signed header names."""
+
+
+# --- model and adapter ------------------------------------------------------------------------------------
+
+
+class BaseInvalid(FedRadError):
+    """A base model directory is incomplete, of another architecture or has an unlisted file."""
+
+
+class BaseHashMismatch(FedRadError):
+    """A file of the base model differs from the one the manifest pins."""
+
+
+class AdapterInvalid(FedRadError):
+    """An adapter has a tensor, name, shape, type or value outside the manifest's list."""
+
+
+# --- the site agent's refusals ----------------------------------------------------------------------------
+
+
+class StudyUnknown(FedRadError):
+    """The agent holds no manifest with this hash."""
+
+
+class StudyNotApproved(FedRadError):
+    """The study is not signed by the operator, or this site has not approved it."""
+
+
+class RoundAlreadyServed(FedRadError):
+    """Another request was already served for this study, round and attempt."""
+
+
+class CohortTooSmall(FedRadError):
+    """A round's cohort is below the manifest's floor or names a site twice or an unknown one."""
+
+
+class RoundLimitReached(FedRadError):
+    """The manifest allows no further round or attempt."""
+
+
+class DataInsufficient(FedRadError):
+    """A site's prepared data cannot serve the study."""
+
+
+class DeadlinePassed(FedRadError):
+    """A request reached the agent after its deadline."""
+
+
+class PeerRefused(FedRadError):
+    """A process other than the agent's own peer connected to its socket, or a second one did."""
+
+
+class AgentUnavailable(FedRadError):
+    """The site agent cannot be reached on its socket."""
+
+
+# --- the server's rounds ----------------------------------------------------------------------------------
+
+
+class RoundFailed(FedRadError):
+    """A round ended below its floor and the manifest says to end, or its attempts are used up."""
+
+
+class CheckpointInvalid(FedRadError):
+    """A checkpoint of the server does not match its record or its study."""
+
+
+class ReleaseInvalid(FedRadError):
+    """A release directory is incomplete, altered, or not meant to be run."""
+
+
+class RunDirectoryBusy(FedRadError):
+    """Another process works on this run directory, or it belongs to another study."""

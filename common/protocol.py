@@ -1,0 +1,287 @@
+"""Signed messages between server and site: framing, signing, and the checks on arrival.
+
+A message is `FRM1 | u32 header length | header | 64-byte Ed25519 signature | body`, the header being
+canonical JSON that names version, study, round, attempt, stage, kind, sender, recipient, nonce, the
+message it answers, the previous-state hash, and the body's length and SHA-256 (docs/PROTOCOL.md).
+Guarantees: what `open_message` returns was signed by the pinned key of its sender for exactly this
+place in this study; anything else ends in one named error. It does not encrypt (TLS does) and does not
+remember nonces: `NonceMemory` and the agent's durable state do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from common.canonical import canonical_json, parse_canonical, sha256_hex
+from common.errors import (
+    BodyHashMismatch,
+    BodyTooLarge,
+    EnvelopeMalformed,
+    FedRadError,
+    MessageReplayed,
+    NotCanonical,
+    PreviousStateMismatch,
+    UnknownSender,
+    VersionUnsupported,
+    WrongRecipient,
+    WrongRound,
+    WrongStage,
+    WrongStudy,
+)
+from common.identity import Purpose, SigningKey, verify_signature
+
+MAGIC = b"FRM1"
+VERSION = 1
+MAX_HEADER_BYTES = 4096
+MAX_META_BYTES = 8 << 20
+SERVER = "server"
+GENESIS = "0" * 64
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
+
+
+class Stage(StrEnum):
+    """The exchanges of a study, in their order."""
+
+    HELLO = "hello"
+    KEYS = "keys"
+    SHARES = "shares"
+    CONTRIBUTE = "contribute"
+    UNMASK = "unmask"
+    FINISH = "finish"
+
+
+class Kind(StrEnum):
+    REQUEST = "request"
+    REPLY = "reply"
+    REFUSAL = "refusal"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the signature covers; the body is covered by its hash. Nonces are 32 hex digits."""
+
+    version: int
+    study: str
+    round: int
+    attempt: int
+    stage: Stage
+    kind: Kind
+    sender: str
+    recipient: str
+    nonce: str
+    answers: str
+    previous: str
+    body_bytes: int
+    body_sha256: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """A verified message and the SHA-256 of all its bytes."""
+
+    header: Header
+    body: bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the receiver is ready for; None means that any value is acceptable there."""
+
+    study: str
+    recipient: str
+    sender: str | None = None
+    stage: Stage | None = None
+    round: int | None = None
+    attempt: int | None = None
+    previous: str | None = None
+    answers: str | None = None
+
+
+def seal(key: SigningKey, header: Header, body: bytes) -> bytes:
+    """Frame and sign a message; the header's body fields must already describe `body`."""
+    if header.body_bytes != len(body) or header.body_sha256 != sha256_hex(body):
+        raise BodyHashMismatch("expected a header that describes its body, got one of another body")
+    encoded = format_header(header)
+    return b"".join(
+        (MAGIC, len(encoded).to_bytes(4, "big"), encoded, key.sign(Purpose.ENVELOPE, encoded), body)
+    )
+
+
+def seal_request(
+    key: SigningKey,
+    *,
+    study: str,
+    round: int,
+    attempt: int,
+    stage: Stage,
+    sender: str,
+    recipient: str,
+    nonce: str,
+    previous: str,
+    body: bytes,
+) -> bytes:
+    """Sign a request of the server to one site."""
+    header = Header(
+        VERSION, study, round, attempt, stage, Kind.REQUEST, sender, recipient, nonce, "", previous,
+        len(body), sha256_hex(body),
+    )  # fmt: skip
+    return seal(key, header, body)
+
+
+def seal_reply(key: SigningKey, request: Message, *, nonce: str, body: bytes, refusal: bool = False) -> bytes:
+    """Sign the answer to a request: same place in the study, sender and recipient exchanged."""
+    asked = request.header
+    header = Header(
+        VERSION, asked.study, asked.round, asked.attempt, asked.stage,
+        Kind.REFUSAL if refusal else Kind.REPLY, asked.recipient, asked.sender, nonce, request.sha256,
+        asked.previous, len(body), sha256_hex(body),
+    )  # fmt: skip
+    return seal(key, header, body)
+
+
+def read_header(data: bytes, *, max_body_bytes: int) -> Header:
+    """Parse the frame and header of a message without trusting it; nothing is verified yet."""
+    return _split(data, max_body_bytes=max_body_bytes)[0]
+
+
+def open_message(
+    data: bytes, *, keys: Mapping[str, str], expected: Expected, max_body_bytes: int
+) -> Message:
+    """Verify a message against pinned keys (`{sender: public hex}`) and the receiver's expectations.
+
+    Raises BodyTooLarge, EnvelopeMalformed, VersionUnsupported, UnknownSender, SignatureInvalid,
+    WrongStudy, WrongRecipient, WrongStage, WrongRound, PreviousStateMismatch, MessageReplayed or
+    BodyHashMismatch, in this order.
+    """
+    header, encoded, signature, body = _split(data, max_body_bytes=max_body_bytes)
+    if header.sender not in keys:
+        raise UnknownSender(f"expected a sender among {', '.join(sorted(keys))}, got {header.sender!r}")
+    verify_signature(keys[header.sender], Purpose.ENVELOPE, encoded, signature)
+    _verify_place(header, expected)
+    if len(body) != header.body_bytes or sha256_hex(body) != header.body_sha256:
+        raise BodyHashMismatch(
+            f"expected a body of {header.body_bytes} bytes with hash {header.body_sha256[:16]}…, "
+            f"got {len(body)} bytes with hash {sha256_hex(body)[:16]}…"
+        )
+    return Message(header, body, sha256_hex(data))
+
+
+class NonceMemory:
+    """Refuses a nonce that was seen before in this process and study (in-memory, capped)."""
+
+    def __init__(self, capacity: int = 1 << 16) -> None:
+        self._seen: dict[tuple[str, str], None] = {}
+        self._capacity = capacity
+
+    def verify_fresh(self, header: Header) -> None:
+        """Raise MessageReplayed when sender and nonce were seen; remember them otherwise."""
+        key = (header.sender, header.nonce)
+        if key in self._seen:
+            raise MessageReplayed(f"expected a fresh nonce from {header.sender}, got one seen before")
+        self._seen[key] = None
+        if len(self._seen) > self._capacity:
+            del self._seen[next(iter(self._seen))]
+
+
+def format_header(header: Header) -> bytes:
+    return canonical_json(asdict(header))
+
+
+def parse_header(data: bytes) -> Header:
+    """Parse a header; raises EnvelopeMalformed or VersionUnsupported."""
+    try:
+        value = parse_canonical(data, max_bytes=MAX_HEADER_BYTES)
+    except FedRadError as error:
+        raise EnvelopeMalformed(f"header: {error}") from error
+    names = set(Header.__dataclass_fields__)
+    if not isinstance(value, dict) or set(value) != names:
+        got = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise EnvelopeMalformed(f"header: expected the keys {sorted(names)}, got {got}")
+    if value["version"] != VERSION:
+        raise VersionUnsupported(f"expected protocol version {VERSION}, got {value['version']!r}")
+    for name in ("round", "attempt", "body_bytes"):
+        if type(value[name]) is not int or value[name] < 0:
+            raise EnvelopeMalformed(f"header {name}: expected a whole number, got {value[name]!r}")
+    patterns: dict[str, Any] = {
+        "study": _HEX64, "previous": _HEX64, "body_sha256": _HEX64, "sender": _NAME, "recipient": _NAME,
+        "nonce": re.compile(r"[0-9a-f]{32}"), "answers": re.compile(r"(?:[0-9a-f]{64})?"),
+    }  # fmt: skip
+    for name, pattern in patterns.items():
+        if not isinstance(value[name], str) or not pattern.fullmatch(value[name]):
+            raise EnvelopeMalformed(f"header {name}: expected {pattern.pattern}, got another form")
+    try:
+        return Header(**{**value, "stage": Stage(value["stage"]), "kind": Kind(value["kind"])})
+    except ValueError as error:
+        raise EnvelopeMalformed(f"header: {error}") from error
+
+
+def pack_body(meta: Mapping[str, Any], blob: bytes = b"") -> bytes:
+    """Join a JSON part and a binary part: `u32 length | canonical JSON | blob`."""
+    encoded = canonical_json(dict(meta))
+    return len(encoded).to_bytes(4, "big") + encoded + blob
+
+
+def unpack_body(body: bytes, *, fields: Mapping[str, type]) -> tuple[dict[str, Any], memoryview]:
+    """Split a body; its JSON part must have exactly `fields` (name → type), or EnvelopeMalformed."""
+    if len(body) < 4:
+        raise EnvelopeMalformed(f"body: expected at least 4 bytes, got {len(body)}")
+    length = int.from_bytes(body[:4], "big")
+    if length > MAX_META_BYTES or 4 + length > len(body):
+        raise EnvelopeMalformed(f"body: expected a JSON part of {length} bytes, got {len(body) - 4} in all")
+    try:
+        meta = parse_canonical(body[4 : 4 + length], max_bytes=MAX_META_BYTES)
+    except NotCanonical as error:
+        raise EnvelopeMalformed(f"body: {error}") from error
+    if not isinstance(meta, dict) or set(meta) != set(fields):
+        got = sorted(meta) if isinstance(meta, dict) else type(meta).__name__
+        raise EnvelopeMalformed(f"body: expected the fields {sorted(fields)}, got {got}")
+    for name, kind in fields.items():
+        value = meta[name]
+        if kind is float and type(value) is int:
+            meta[name] = float(value)
+        elif type(value) is not kind:
+            raise EnvelopeMalformed(f"body {name}: expected {kind.__name__}, got {type(value).__name__}")
+    return meta, memoryview(body)[4 + length :]
+
+
+def _split(data: bytes, *, max_body_bytes: int) -> tuple[Header, bytes, bytes, bytes]:
+    overhead = 8 + MAX_HEADER_BYTES + 64
+    if len(data) > max_body_bytes + overhead:
+        raise BodyTooLarge(f"expected a message of at most {max_body_bytes + overhead} bytes, got {len(data)}")
+    if len(data) < 8 or data[:4] != MAGIC:
+        raise EnvelopeMalformed("expected a message that starts with FRM1, got other bytes")
+    length = int.from_bytes(data[4:8], "big")
+    if length > MAX_HEADER_BYTES or len(data) < 8 + length + 64:
+        raise EnvelopeMalformed(f"expected a header of at most {MAX_HEADER_BYTES} bytes, got length {length}")
+    encoded = data[8 : 8 + length]
+    header = parse_header(encoded)
+    if header.body_bytes > max_body_bytes:
+        raise BodyTooLarge(f"expected a body of at most {max_body_bytes} bytes, got {header.body_bytes}")
+    return header, encoded, data[8 + length : 72 + length], data[72 + length :]
+
+
+def _verify_place(header: Header, expected: Expected) -> None:
+    if header.study != expected.study:
+        raise WrongStudy(f"expected study {expected.study[:16]}…, got {header.study[:16]}…")
+    if header.recipient != expected.recipient:
+        raise WrongRecipient(f"expected a message to {expected.recipient}, got one to {header.recipient}")
+    if expected.sender is not None and header.sender != expected.sender:
+        raise UnknownSender(f"expected a message from {expected.sender}, got one from {header.sender}")
+    if expected.stage is not None and header.stage is not expected.stage:
+        raise WrongStage(f"expected stage {expected.stage.value}, got {header.stage.value}")
+    if expected.round is not None and header.round != expected.round:
+        raise WrongRound(f"expected round {expected.round}, got {header.round}")
+    if expected.attempt is not None and header.attempt != expected.attempt:
+        raise WrongRound(f"expected attempt {expected.attempt} of round {header.round}, got {header.attempt}")
+    if expected.previous is not None and header.previous != expected.previous:
+        raise PreviousStateMismatch(
+            f"expected a message that builds on state {expected.previous[:16]}…, got {header.previous[:16]}…"
+        )
+    if expected.answers is not None and header.answers != expected.answers:
+        raise MessageReplayed("expected the answer to this request, got the answer to another")
