@@ -184,3 +184,41 @@ class ReleaseInvalid(FedRadError):
 
 class RunDirectoryBusy(FedRadError):
     """Another process works on this run directory, or it belongs to another study."""
+
+
+# --- privacy ----------------------------------------------------------------------------------------------
+
+
+class ModelUntreatable(FedRadError):
+    """A model has a trainable part whose per-patient gradient cannot be computed exactly."""
+
+
+class PatientGradientMisuse(FedRadError):
+    """The per-patient gradient engine was called out of order or with a wrong patient map."""
+
+
+# --- engines (deploy/local) -------------------------------------------------------------------------------
+
+
+class EngineFailed(FedRadError):
+    """The engine that carries ServerApp and ClientApps could not start or could not go on."""
+
+
+class EngineBusy(EngineFailed):
+    """Another run uses this process or this engine directory."""
+
+
+class UnknownNode(EngineFailed):
+    """A message is addressed to a node that the grid does not have."""
+
+
+class ProcessDied(EngineFailed):
+    """A process that the engine needs ended by itself; the message names it and ends with its log."""
+
+
+class ProcessNotReady(EngineFailed):
+    """A process did not come up within its time limit."""
+
+
+class RunFailed(EngineFailed):
+    """The ServerApp ended with an error or was stopped."""

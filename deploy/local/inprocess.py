@@ -1,0 +1,230 @@
+"""One process, no ports: the real ServerApp and ClientApp over Flower's `Grid` interface.
+
+Guarantees: every message and reply goes through Flower's own serialisation (the objects that the Fleet
+API would carry), so both sides see exactly the bytes of the wire; an exception in the ClientApp becomes
+the Error reply that a SuperNode would send; a node handles one message at a time, in push order; replies
+come back in push order.
+
+It does not: expire messages by their time to live, keep ServerApp and ClientApp apart (both live in this
+process; the site agent behind its socket is the guard), or run two grids at once in one process, because
+Flower keeps the identity of the running task in a class attribute.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from common.errors import EngineBusy, UnknownNode
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+
+RunConfig = Mapping[str, str | int | float | bool]
+
+_SERVER_TASK_ID = 1
+_one_grid_at_a_time = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one node received and sent, in bytes of serialised Flower objects (no HTTP or TLS framing)."""
+
+    messages: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+class InProcessGrid(Grid):
+    """Flower's Grid over a ClientApp in this process; `traffic` counts bytes per node."""
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        node_configs: Mapping[int, Mapping[str, str]],
+        *,
+        run_config: RunConfig,
+        run_id: int,
+        parallel: int,
+    ) -> None:
+        self._app = client_app
+        self._run = Run.create_empty(run_id)
+        self._contexts = {
+            node_id: Context(
+                run_id=run_id,
+                node_id=node_id,
+                node_config=dict(config),
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for node_id, config in node_configs.items()
+        }
+        self._node_locks = {node_id: threading.Lock() for node_id in node_configs}
+        self._workers = ThreadPoolExecutor(max_workers=parallel, thread_name_prefix="clientapp")
+        self._pending: dict[str, Future[Message]] = {}
+        self._traffic_lock = threading.Lock()
+        self._traffic = dict.fromkeys(node_configs, Traffic())
+
+    @property
+    def run(self) -> Run:
+        return Run(**vars(self._run))
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def traffic(self) -> dict[int, Traffic]:
+        """Bytes and messages so far, by node id."""
+        with self._traffic_lock:
+            return dict(self._traffic)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Hand messages to their nodes and return their ids at once; raises UnknownNode before any runs."""
+        batch = list(messages)
+        for message in batch:
+            if message.metadata.dst_node_id not in self._contexts:
+                raise UnknownNode(
+                    f"a message is for node {message.metadata.dst_node_id}; this grid has "
+                    f"{sorted(self._contexts)}"
+                )
+        ids = []
+        for message in batch:
+            message_id, contents = _deflate(message)
+            message.metadata.__dict__["_message_id"] = message_id
+            self._pending[message_id] = self._workers.submit(
+                self._serve, message.metadata.dst_node_id, message_id, contents
+            )
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that are there, in push order; each is given out once."""
+        wanted = set(message_ids)
+        ready = [key for key, future in self._pending.items() if key in wanted and future.done()]
+        return [self._pending.pop(key).result() for key in ready]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Push, wait at most `timeout` seconds, and return the replies that came, in push order."""
+        ids = self.push_messages(messages)
+        wait([self._pending[message_id] for message_id in ids], timeout=timeout)
+        return self.pull_messages(ids)
+
+    def close(self) -> None:
+        """Drop what waits; a ClientApp call that is running cannot be interrupted and ends by itself."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def _serve(self, node_id: int, message_id: str, contents: dict[str, bytes]) -> Message:
+        bytes_down = _size(contents)
+        message = _inflate(message_id, contents)
+        with self._node_locks[node_id]:
+            try:
+                reply = self._app(message, self._contexts[node_id])
+            except Exception as failure:  # exactly what Flower's run_clientapp does with it
+                reason = f"{type(failure)}:<'{failure}'>"
+                reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        reply_id, reply_contents = _deflate(reply)
+        with self._traffic_lock:
+            before = self._traffic[node_id]
+            self._traffic[node_id] = Traffic(
+                messages=before.messages + 1,
+                bytes_down=before.bytes_down + bytes_down,
+                bytes_up=before.bytes_up + _size(reply_contents),
+            )
+        return _inflate(reply_id, reply_contents)
+
+
+def run_inprocess(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    *,
+    node_configs: Mapping[int, Mapping[str, str]],
+    run_config: RunConfig,
+    run_id: int = 1,
+    parallel: int = 1,
+) -> dict[int, Traffic]:
+    """Run a ServerApp to its end over an InProcessGrid and return the traffic per node.
+
+    `node_configs` maps node id to what the ClientApp sees as `context.node_config`; `parallel` is how many
+    ClientApp calls run at once. Raises what the ServerApp raises, and EngineBusy when a run is going on.
+    """
+    with _server_identity(run_id):
+        grid = InProcessGrid(
+            client_app, node_configs, run_config=run_config, run_id=run_id, parallel=parallel
+        )
+        try:
+            server_app(
+                grid=grid,
+                context=Context(
+                    run_id=run_id,
+                    node_id=SUPERLINK_NODE_ID,
+                    node_config={},
+                    state=RecordDict(),
+                    run_config=dict(run_config),
+                ),
+            )
+        finally:
+            grid.close()
+        return grid.traffic
+
+
+@contextmanager
+def _server_identity(run_id: int) -> Iterator[None]:
+    if not _one_grid_at_a_time.acquire(blocking=False):
+        raise EngineBusy("expected no other in-process run in this process, got one that is not over")
+    before = (TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id)
+    try:
+        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = (
+            _SERVER_TASK_ID,
+            run_id,
+            SUPERLINK_NODE_ID,
+        )
+        yield
+    finally:
+        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
+        _one_grid_at_a_time.release()
+
+
+def _deflate(message: Message) -> tuple[str, dict[str, bytes]]:
+    with no_object_id_recompute():
+        objects = get_all_nested_objects(message)
+        return message.object_id, {object_id: item.deflate() for object_id, item in objects.items()}
+
+
+def _inflate(message_id: str, contents: dict[str, bytes]) -> Message:
+    message = inflate_object_from_contents(message_id, contents)
+    message.metadata.__dict__["_message_id"] = message_id
+    if not isinstance(message, Message):
+        raise TypeError(f"expected a Flower Message, got {type(message).__name__}")
+    return message
+
+
+def _size(contents: dict[str, bytes]) -> int:
+    return sum(map(len, contents.values()))
