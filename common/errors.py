@@ -222,3 +222,199 @@ class ProcessNotReady(EngineFailed):
 
 class RunFailed(EngineFailed):
     """The ServerApp ended with an error or was stopped."""
+
+
+# --- ledger, audit and releases (common/ledger, server/log, server/releases, client/releases) --------------
+
+
+class LedgerInvalid(FedRadError):
+    """A ledger, one of its entries, notes, proofs or files is not what it must be."""
+
+
+class InclusionInvalid(LedgerInvalid):
+    """An inclusion proof does not lead from the leaf to the root."""
+
+
+class NoteInvalid(LedgerInvalid):
+    """A signed note, verifier key, checkpoint or ledger proof is malformed or not canonical."""
+
+
+class NoteSignatureInvalid(LedgerInvalid):
+    """A signature of a known key on a note does not verify, or the required one is missing."""
+
+
+class QuorumNotReached(LedgerInvalid):
+    """A checkpoint carries fewer valid cosignatures of known witnesses than the study asks for."""
+
+
+class LogForked(LedgerInvalid):
+    """Two signed checkpoints of one log cannot belong to one append-only history."""
+
+
+class LogShrunk(LedgerInvalid):
+    """A log showed a smaller tree than it had shown before."""
+
+
+class LogRewritten(LedgerInvalid):
+    """Stored leaves do not hash to the root that the log has signed."""
+
+
+class LogTruncated(LedgerInvalid):
+    """A log file holds fewer leaves than the log has signed."""
+
+
+class EntryInvalid(LedgerInvalid):
+    """A ledger entry has an unknown, missing, mistyped or impossible field, or a bad signature."""
+
+
+# --- data import (client/data) ----------------------------------------------------------------------------
+
+
+class SourceInvalid(FedRadError):
+    """The folder or table to import cannot be read as the format says."""
+
+
+class SiteKeyInvalid(FedRadError):
+    """The site key file is missing, malformed or readable by others."""
+
+
+class ImportBusy(FedRadError):
+    """Another import into the same folder is running."""
+
+
+class StudyRejected(FedRadError):
+    """One study cannot become a pair; `reason` says why, in one of `client.data.study.Reason`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+# --- model and reports ------------------------------------------------------------------------------------
+
+
+class PromptTooLong(FedRadError):
+    """A prompt leaves no room for a report."""
+
+
+class FeatureMismatch(FedRadError):
+    """Vision features do not fit the image placeholders of a prompt."""
+
+
+class ImageUnreadable(FedRadError):
+    """An image file is truncated, corrupt, too large or not an image."""
+
+
+class ScoresInvalid(FedRadError):
+    """Predictions and references cannot be scored against each other."""
+
+
+# --- secure aggregation (common/secagg, client/secagg, server/secagg) ---------------------------------------
+
+
+class SecureAggregationError(FedRadError):
+    """Base of every refusal of the secure aggregation protocol."""
+
+
+class MessageMalformed(SecureAggregationError):
+    """A protocol message is truncated, too long, of another type, or has a field of the wrong size."""
+
+
+class PublicKeyInvalid(SecureAggregationError):
+    """A public key is not canonical, or is a point of low order (the all-zero point among them)."""
+
+
+class KeysRepeated(SecureAggregationError):
+    """Two keys that must differ are equal: within one site, or between two sites."""
+
+
+class KeysForged(SecureAggregationError):
+    """A site's ephemeral keys do not bear the signature of its pinned identity."""
+
+
+class OwnKeysAltered(SecureAggregationError):
+    """The key set attributes to a site other keys than it advertised."""
+
+
+class SiteUnknown(SecureAggregationError):
+    """A site is not among those that the manifest pins."""
+
+
+class SiteRepeated(SecureAggregationError):
+    """A site occurs twice in one list."""
+
+
+class SiteMissing(SecureAggregationError):
+    """A list does not hold a site that it must hold."""
+
+
+class TermsDiffer(SecureAggregationError):
+    """A message belongs to another study, configuration, round or attempt."""
+
+
+class KeySetDiffers(SecureAggregationError):
+    """A message was made for another set of ephemeral keys."""
+
+
+class ContextDiffers(SecureAggregationError):
+    """A message was made for another global adapter, roster, key set or round."""
+
+
+class ShareUnreadable(SecureAggregationError):
+    """A sealed share is not from that sender, not for this site, or not for this key set."""
+
+
+class StageOutOfOrder(SecureAggregationError):
+    """A step was asked for before the steps that it builds on."""
+
+
+class SecondKeySet(SecureAggregationError):
+    """A site was asked to deal shares again, for another key set."""
+
+
+class SecondOpening(SecureAggregationError):
+    """A site was asked to open its round again, on another adapter or roster."""
+
+
+class SecondUpload(SecureAggregationError):
+    """A site was asked to mask a second vector, or to reveal secrets for an upload it did not make."""
+
+
+class SecondSurvivorSet(SecureAggregationError):
+    """A site was asked to reveal secrets again, for another survivor set."""
+
+
+class BothSecretsAsked(SecureAggregationError):
+    """A request calls one peer both survivor and dropped, which would reveal both of its secrets."""
+
+
+class UploadForged(SecureAggregationError):
+    """An upload's receipt does not bear the signature of its site."""
+
+
+class UploadCorrupted(SecureAggregationError):
+    """The bytes of an upload are not those that its receipt commits to."""
+
+
+class RevealForged(SecureAggregationError):
+    """A reveal does not bear the signature of its site."""
+
+
+class ShareWrong(SecureAggregationError):
+    """Too few of the revealed shares of a secret are those that its owner dealt."""
+
+
+class SecretWrong(SecureAggregationError):
+    """A rebuilt secret is not the one that its owner advertised."""
+
+
+class VectorInvalid(SecureAggregationError):
+    """A vector is not a writable one-dimensional uint32 array of the agreed length."""
+
+
+class SumInterrupted(SecureAggregationError):
+    """The server stopped in the middle of adding an upload, so that the sum cannot be trusted."""
+
+
+class RoundAbandoned(SecureAggregationError):
+    """The round has ended without a sum."""
