@@ -267,6 +267,14 @@ class EntryInvalid(LedgerInvalid):
     """A ledger entry has an unknown, missing, mistyped or impossible field, or a bad signature."""
 
 
+class LogInUse(LedgerInvalid):
+    """Another process has the log open for writing."""
+
+
+class WitnessBehind(LedgerInvalid):
+    """A consistency proof starts at another size than the last one this witness has seen."""
+
+
 # --- data import (client/data) ----------------------------------------------------------------------------
 
 
