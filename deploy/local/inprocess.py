@@ -129,9 +129,7 @@ class InProcessGrid(Grid):
         ready = [key for key, future in self._pending.items() if key in wanted and future.done()]
         return [self._pending.pop(key).result() for key in ready]
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push, wait at most `timeout` seconds, and return the replies that came, in push order."""
         ids = self.push_messages(messages)
         wait([self._pending[message_id] for message_id in ids], timeout=timeout)

@@ -1,0 +1,248 @@
+"""Flower's own processes on loopback: SuperLink, SuperExecs and one SuperNode per site.
+
+Guarantees: TLS with a throw-away authority, node authentication by key, process isolation with a SuperExec
+secret on both sides, telemetry, update check and runtime installation off; every port on 127.0.0.1; a dead
+process and a failed run are named errors; all processes end with the context (`processes`).
+
+It does not resume: Flower's state of an earlier run on the same directory is discarded, since Flower cannot
+take up a run whose ServerApp died. Resuming a study is the ServerApp's business, by its study directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import httpx
+
+import deploy
+from common.errors import EngineFailed, RunFailed
+from common.files import write_atomic
+from deploy.local.certificates import LoopbackTls, write_loopback_tls, write_node_key
+from deploy.local.control import Control
+from deploy.local.processes import Processes, processes, tail
+
+FAB = Path(__file__).parent / "fab"
+
+_HOST = "127.0.0.1"
+_START_TIMEOUT_S = 120.0
+_STATUS_POLL_S = 0.25
+_TASK_POLL_S = "0.2"
+_PLAIN_VALUE = re.compile(r"[^\"'\\\x00-\x1f\x7f]+")
+
+Progress = Callable[[str], None]
+
+
+class FlowerEngine:
+    """A running SuperLink with its sites; made by `flower_engine`."""
+
+    def __init__(self, directory: Path, group: Processes, control: Control, nodes: Mapping[str, int]) -> None:
+        self._directory = directory
+        self._group = group
+        self._control = control
+        self.nodes = dict(nodes)
+
+    @property
+    def processes(self) -> Processes:
+        """The engine's processes; start the site agents here to have them watched and ended with it."""
+        return self._group
+
+    def run(
+        self,
+        run_config: Mapping[str, str | int | float | bool],
+        *,
+        fab: Path = FAB,
+        on_log: Progress = lambda line: None,
+    ) -> None:
+        """Run the FAB's ServerApp to its end.
+
+        Each line of the ServerApp's output goes to `on_log` (from another thread) and to
+        `logs/serverapp.log`. Raises RunFailed when the ServerApp failed, ProcessDied when a process did.
+        """
+        run_id = self._control.start_run(fab, run_config)
+        log = self._group.logs / "serverapp.log"
+        finished = threading.Event()
+        follower = threading.Thread(
+            target=_follow_log, args=(self._control, run_id, log, on_log, finished), daemon=True
+        )
+        follower.start()
+        try:
+            while not (status := self._control.run_status(run_id)).finished:
+                self._group.check()
+                time.sleep(_STATUS_POLL_S)
+        except httpx.HTTPError as failure:
+            self._group.check()
+            raise EngineFailed(f"the SuperLink does not answer: {failure}") from failure
+        finally:
+            finished.set()
+        follower.join(timeout=5.0)
+        if not status.completed:
+            raise RunFailed(
+                f"the ServerApp ended {status.text}: {status.details or 'no details'}; the end of {log}:\n"
+                f"{tail(log)}"
+            )
+
+
+@contextlib.contextmanager
+def flower_engine(
+    directory: Path,
+    *,
+    sites: Mapping[str, str],
+    progress: Progress = lambda line: None,
+    python_path: tuple[Path, ...] = (),
+) -> Iterator[FlowerEngine]:
+    """Start Flower for `sites` (site id to agent socket, `unix:///…`), and end it on leaving.
+
+    `directory` belongs to the engine and is emptied first; `python_path` is put before the folder of the
+    FedRad packages in the module path of ServerApp and ClientApps. Raises EngineBusy, ProcessDied,
+    ProcessNotReady, EngineFailed.
+    """
+    for site, agent in sites.items():
+        for value in (site, agent):
+            if not _PLAIN_VALUE.fullmatch(value):
+                raise EngineFailed(f"expected site id and socket without quotes or controls, got {value!r}")
+    with processes(directory) as group:
+        engine = _Start(directory, group, python_path)
+        control = Control(engine.superlink, engine.tls.authority)
+        with contextlib.closing(control):
+            progress("starting SuperLink")
+            engine.start_superlink()
+            group.wait_until(control.is_up, what="the SuperLink to answer", timeout_s=_START_TIMEOUT_S)
+            nodes = {}
+            for site, agent in sites.items():
+                key = directory / "keys" / f"{site}.node"
+                nodes[site] = control.register_node(write_node_key(key), name=site)
+                engine.start_site(site, agent, key)
+            progress(f"waiting for {len(sites)} SuperNodes")
+            group.wait_until(
+                lambda: control.online_nodes() >= set(nodes.values()),
+                what=f"{len(sites)} SuperNodes online",
+                timeout_s=_START_TIMEOUT_S,
+            )
+            progress("Flower is up")
+            yield FlowerEngine(directory, group, control, nodes)
+
+
+class _Start:
+    """Command lines, ports and files of one engine."""
+
+    def __init__(self, directory: Path, group: Processes, python_path: tuple[Path, ...]) -> None:
+        self._directory = directory
+        self._group = group
+        self._python_path = (*python_path, Path(deploy.__file__).parents[1])
+        self.tls: LoopbackTls = write_loopback_tls(directory / "tls", now=datetime.datetime.now(datetime.UTC))
+        self._secret = directory / "keys" / "superexec.secret"
+        write_atomic(self._secret, secrets.token_bytes(32), mode=0o600)
+        self.superlink = f"{_HOST}:{_free_port()}"
+
+    def start_superlink(self) -> None:
+        state = self._directory / "state"
+        state.mkdir()
+        self._start(
+            "superlink",
+            "flower-superlink",
+            *("--ssl-ca-certfile", str(self.tls.authority)),
+            *("--ssl-certfile", str(self.tls.certificate), "--ssl-keyfile", str(self.tls.key)),
+            *("--host", _HOST, "--port", self.superlink.rpartition(":")[2]),
+            *("--database", str(state / "superlink.db"), "--enable-supernode-auth"),
+            *("--isolation", "process", "--superexec-auth-secret-file", str(self._secret)),
+            "--disable-runtime-dependency-installation",
+        )
+        self._start_superexec("superexec", self.superlink)
+
+    def start_site(self, site: str, agent: str, key: Path) -> None:
+        runtime = f"{_HOST}:{_free_port()}"
+        self._start(
+            f"supernode-{site}",
+            "flower-supernode",
+            *("--superlink", self.superlink, "--root-certificates", str(self.tls.authority)),
+            *("--auth-supernode-private-key", str(key)),
+            *("--host", _HOST, "--port", runtime.rpartition(":")[2]),
+            *("--ssl-ca-certfile", str(self.tls.authority)),
+            *("--ssl-certfile", str(self.tls.certificate), "--ssl-keyfile", str(self.tls.key)),
+            *("--isolation", "process", "--superexec-auth-secret-file", str(self._secret)),
+            *("--node-config", f'site="{site}" agent="{agent}"'),
+        )
+        self._start_superexec(f"superexec-{site}", runtime)
+
+    def _start_superexec(self, name: str, runtime: str) -> None:
+        self._start(
+            name,
+            "flower-superexec",
+            *("--runtime-api-address", runtime, "--root-certificates", str(self.tls.authority)),
+            *("--superexec-auth-secret-file", str(self._secret)),
+        )
+
+    def _start(self, name: str, program: str, *arguments: str) -> None:
+        home = self._directory / "homes" / name
+        home.mkdir(parents=True)
+        self._group.start(name, [_program(program), *arguments], environment=self._environment(home))
+
+    def _environment(self, home: Path) -> dict[str, str]:
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("FLWR_") and not name.lower().endswith("_proxy")
+        }
+        return {
+            **kept,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),
+            "PYTHONPATH": os.pathsep.join(map(str, self._python_path)),
+            "FLWR_HOME": str(home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _TASK_POLL_S,
+        }
+
+
+def _program(name: str) -> str:
+    """Find a Flower program beside this Python, else on PATH."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise EngineFailed(
+            f"expected the program {name} of the package flwr beside {sys.executable}, got none"
+        )
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _follow_log(
+    control: Control, run_id: int, log: Path, on_log: Progress, finished: threading.Event
+) -> None:
+    """Copy the ServerApp's output to file and callback; take the stream up again when it breaks."""
+    after = 0.0
+    rest = ""
+    with log.open("a", encoding="utf-8") as file:
+        while True:
+            last_try = finished.is_set()
+            try:
+                for text, timestamp in control.log_text(run_id, after):
+                    after = timestamp
+                    file.write(text)
+                    file.flush()
+                    *lines, rest = (rest + text).split("\n")
+                    for line in lines:
+                        on_log(line)
+                break
+            except (httpx.HTTPError, ValueError, RuntimeError):
+                if last_try:
+                    break
+                finished.wait(1.0)
+    if rest:
+        on_log(rest)

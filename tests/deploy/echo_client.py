@@ -1,0 +1,25 @@
+"""A ClientApp that answers with what it got, its node's configuration and what it has imported."""
+
+from __future__ import annotations
+
+import sys
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.query("relay")
+def relay(message: Message, context: Context) -> Message:
+    record = message.content["fedrad"]
+    stage, envelope = str(record["stage"]), record["envelope"]
+    if stage == "fail":
+        raise ValueError("asked to fail")
+    if stage == "who":
+        envelope = f"{context.node_config['site']} {context.node_config['agent']}".encode()
+    if stage == "heavy":
+        envelope = ",".join(name for name in ("torch", "transformers") if name in sys.modules).encode()
+    return Message(
+        RecordDict({"fedrad": ConfigRecord({"stage": stage, "envelope": envelope})}), reply_to=message
+    )
