@@ -185,7 +185,7 @@ def write_dataset(
     refuse_existing(directory, replace=replace)
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging.mkdir(parents=True, mode=0o700)
     try:
 
         def stored() -> Iterator[Pair]:

@@ -1,0 +1,149 @@
+"""`fedrad-site data`: import, check, show, drop and receive.
+
+Every command prints one JSON document on stdout with `--json`, progress on stderr, and ends with 0 (done),
+1 (refused, one line) or 2 (usage). Nothing here decides anything about data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from common.errors import FedRadError
+
+if TYPE_CHECKING:
+    from client.data.importing import ImportPlan, ImportSummary
+    from client.data.study import SourceStudy
+
+app = typer.Typer(
+    help="Turn a hospital's images and reports into clean, de-identified pairs.", no_args_is_help=True
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+@app.callback()
+def data() -> None:
+    """Turn a hospital's images and reports into clean, de-identified pairs; nothing leaves this machine."""
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder to import.")],
+    out: Annotated[Path, typer.Option("--out", help="Prepared data folder to make.")],
+    format_: Annotated[str, typer.Option("--format", help="auto or table.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything but write; show ten pairs.")
+    ] = False,
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", help="Site key file; default site.key beside OUT, made on first use."),
+    ] = None,
+    mapping: Annotated[
+        Path | None, typer.Option("--mapping", help="TOML with [columns]: our name = theirs.")
+    ] = None,
+    size: Annotated[
+        int, typer.Option("--size", min=64, max=4096, help="Longest image side in pixels.")
+    ] = 512,
+    bits: Annotated[int, typer.Option("--bits", help="8 or 16 bits per pixel.")] = 8,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes; 0 for one per core.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Import studies into a prepared data folder, with a reason for every dropped one."""
+    import os
+    import secrets
+
+    from client.data.importing import ImportPlan, import_studies, preview_import
+    from client.data.sitekey import SiteKey, load_key, load_or_create_key
+    from client.data.sources.table import read_mapping
+
+    if bits not in (8, 16):
+        raise typer.BadParameter("expected 8 or 16", param_hint="--bits")
+    path = key or out.absolute().parent / "site.key"
+    if dry_run:
+        site_key = load_key(path) if path.exists() else SiteKey(secrets.token_bytes(32))
+    else:
+        site_key = load_or_create_key(path, fresh=secrets.token_bytes(32))
+    chosen, read_source = _reader(format_, source)
+    plan = ImportPlan(
+        source=source,
+        format=chosen,
+        directory=out.absolute(),
+        key=site_key,
+        mapping=read_mapping(mapping),
+        max_side=size,
+        bits=bits,
+        workers=workers or os.cpu_count() or 1,
+    )
+    with _progress() as progress:
+        run = preview_import if dry_run else import_studies
+        summary = run(plan, read_source, progress=progress)
+    _print_summary(summary, dry_run=dry_run, as_json=json_)
+
+
+def main() -> None:
+    """Run the commands on their own; a named error is one line on stderr and exit code 1."""
+    try:
+        app()
+    except FedRadError as error:
+        print(f"fedrad-site data: {error.code}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _reader(name: str, source: Path) -> tuple[str, Callable[[ImportPlan], Iterator[SourceStudy]]]:
+    from client.data.sources.table import read_table
+
+    if name not in ("auto", "table"):
+        raise typer.BadParameter("expected auto or table", param_hint="--format")
+    return "table", lambda plan: read_table(plan.source, mapping=plan.mapping)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield advance
+
+
+def _print_summary(summary: ImportSummary, *, dry_run: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        print(json.dumps({**asdict(summary), "dry_run": dry_run}, ensure_ascii=False))
+        return
+    for pair in summary.preview:
+        print(f"{pair['where']}  {pair['view']}  {pair['split']}  images {len(pair['images'])}")
+        for name in ("indication", "findings", "impression"):
+            if pair[name]:
+                print(f"    {name}: {pair[name]}")
+    dropped = summary.read - summary.kept
+    print(f"read {summary.read}, kept {summary.kept} of {summary.patients} patients, dropped {dropped}")
+    for reason, count in summary.dropped.items():
+        print(f"    {count:6d}  {reason}")
+    print("splits " + ", ".join(f"{split} {count}" for split, count in summary.splits.items()))
+    if dry_run:
+        print("dry run: nothing was written")
+    elif summary.done_before:
+        print(f"{summary.directory} was complete already; nothing was done")
+    else:
+        print(f"wrote {summary.directory}")
+
+
+if __name__ == "__main__":
+    main()

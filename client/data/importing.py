@@ -1,0 +1,376 @@
+"""The import: gather the studies of a source, prepare each, then seal the prepared data folder.
+
+Guarantees: the folder appears whole or not at all; after a crash the same command continues and ends with
+the same bytes; a second run with nothing changed does nothing; every study read is kept or has one reason;
+memory does not grow with the number of studies beyond their identifiers. No socket is opened. It does not
+watch the source: files changed while it runs may be seen old or new.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from client.data.journal import Journal
+from client.data.prepare import Recipe, prepare_study
+from client.data.sitekey import SiteKey
+from client.data.sources import paths
+from client.data.store import (
+    DEFAULT_FRACTIONS,
+    SPLITS,
+    Pair,
+    Split,
+    bucket,
+    read_card,
+    read_pairs,
+    refuse_existing,
+    seal_dataset,
+    split_of,
+)
+from client.data.study import Dropped, Prepared, Reason, SourceStudy
+from common.errors import DatasetExists, DatasetInvalid, ImportBusy, SourceInvalid
+from common.files import write_atomic
+
+PREVIEW = 10
+_COMMIT_EVERY = 64
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ImportPlan:
+    """What is imported, from where and how; equal plans of an unchanged source give equal bytes."""
+
+    source: Path
+    format: str
+    directory: Path
+    key: SiteKey
+    mapping: Mapping[str, str]
+    max_side: int = 512
+    bits: int = 8
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSummary:
+    """What an import did; exact counts, for the site's own eyes."""
+
+    directory: str
+    done_before: bool
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    patients: int
+    splits: dict[str, int]
+    flags: dict[str, int]
+    preview: list[dict[str, Any]]
+
+
+def import_studies(
+    plan: ImportPlan, read_source: Callable[[ImportPlan], Iterator[SourceStudy]], *, progress: Progress
+) -> ImportSummary:
+    """Import a source into `plan.directory` and return the summary.
+
+    `read_source` yields the studies of the source in a fixed order; `progress(stage, done, total)` is
+    called often. Raises SourceInvalid, DatasetExists, ImportBusy or another FedRadError.
+    """
+    verify_plan(plan)
+    mark = fingerprint(plan)
+    work = work_folder(plan.directory)
+    if (plan.directory / "pairs.jsonl").is_file():
+        if read_card(plan.directory).get("import", {}).get("fingerprint") != mark:
+            raise DatasetExists(f"{plan.directory} holds data of another import; choose another folder")
+        shutil.rmtree(work, ignore_errors=True)
+        return summary_of(plan.directory)
+    refuse_existing(plan.directory, replace=False)
+    work.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with only_one(work):
+        if not (work / "plan").is_file() or (work / "plan").read_text() != mark:
+            _empty(work)
+            write_atomic(work / "plan", mark.encode(), mode=0o600)
+        staging = work / "dataset"
+        staging.mkdir(exist_ok=True, mode=0o700)
+        journal = Journal(work / "journal.sqlite")
+        try:
+            run_stages(plan, journal, read_source, staging=staging, progress=progress)
+            seal(plan, journal, staging, mark=mark, progress=progress)
+        finally:
+            journal.close()
+        shutil.rmtree(work)
+    return replace(summary_of(plan.directory), done_before=False)
+
+
+def preview_import(
+    plan: ImportPlan, read_source: Callable[[ImportPlan], Iterator[SourceStudy]], *, progress: Progress
+) -> ImportSummary:
+    """Do everything but write: the summary that an import would give, with the first ten pairs."""
+    verify_plan(plan)
+    journal = Journal(None)
+    try:
+        run_stages(plan, journal, read_source, staging=None, progress=progress)
+        kept, dropped, preview = Counter[str](), Counter[str](), list[dict[str, Any]]()
+        patients: set[str] = set()
+        flags = Counter[str]()
+        read = 0
+        for outcome in journal.outcomes():
+            read += 1
+            if isinstance(outcome, Dropped):
+                dropped[outcome.reason] += 1
+                continue
+            pair = pair_of(outcome, plan.key)
+            kept[pair.split] += 1
+            patients.add(pair.patient)
+            flags.update(outcome.facts.get("flags", []))
+            if len(preview) < PREVIEW:
+                preview.append({**asdict(pair), "where": outcome.where})
+    finally:
+        journal.close()
+    return ImportSummary(
+        directory=str(plan.directory),
+        done_before=False,
+        read=read,
+        kept=sum(kept.values()),
+        dropped=dict(sorted(dropped.items())),
+        patients=len(patients),
+        splits={split: kept[split] for split in SPLITS},
+        flags=dict(sorted(flags.items())),
+        preview=preview,
+    )
+
+
+def verify_plan(plan: ImportPlan) -> None:
+    """Raise SourceInvalid unless the source is a folder apart from the output."""
+    if not plan.source.is_dir():
+        raise SourceInvalid(f"expected a folder at {plan.source}, found none")
+    source, directory = plan.source.resolve(), plan.directory.resolve()
+    if directory.is_relative_to(source) or source.is_relative_to(directory):
+        raise SourceInvalid(f"expected an output folder apart from the source {plan.source}")
+
+
+def fingerprint(plan: ImportPlan) -> str:
+    """Keyed hash of the plan and of the names, sizes and times of all source files."""
+    mac = hmac.new(plan.key.derive("import fingerprint"), digestmod=hashlib.sha256)
+    settings = {
+        "format": plan.format,
+        "mapping": dict(plan.mapping),
+        "side": plan.max_side,
+        "bits": plan.bits,
+    }
+    mac.update(json.dumps(settings, sort_keys=True).encode())
+    for path in paths.walk_files(plan.source):
+        status = path.stat()
+        entry = (path.relative_to(plan.source).as_posix(), status.st_size, status.st_mtime_ns)
+        mac.update(json.dumps(entry).encode("utf-8", "surrogateescape"))
+    return mac.hexdigest()
+
+
+def work_folder(directory: Path) -> Path:
+    """Return the private folder beside the output in which an import keeps its state."""
+    return directory.with_name(f".{directory.name}.importing")
+
+
+@contextmanager
+def only_one(work: Path) -> Iterator[None]:
+    """Hold the lock of a work folder; raises ImportBusy when another process has it."""
+    with (work / "lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ImportBusy(f"another import uses {work}") from error
+        yield
+
+
+def run_stages(
+    plan: ImportPlan,
+    journal: Journal,
+    read_source: Callable[[ImportPlan], Iterator[SourceStudy]],
+    *,
+    staging: Path | None,
+    progress: Progress,
+) -> None:
+    """Gather the studies unless that is done, then prepare those without an outcome."""
+    if not journal.gathered():
+        journal.gather(read_source(plan))
+    total = journal.count()
+    if total == 0:
+        raise SourceInvalid(f"expected at least one study in {plan.source}, found none")
+    done = total - journal.count(open_only=True)
+    recipe = Recipe(plan.source, staging, plan.key, max_side=plan.max_side, bits=plan.bits)
+    batch: list[tuple[int, Prepared | Dropped]] = []
+    for outcome in prepared(journal.open_studies(), recipe, workers=plan.workers):
+        batch.append(outcome)
+        done += 1
+        if len(batch) >= _COMMIT_EVERY:
+            journal.record(batch)
+            batch.clear()
+        progress("prepare", done, total)
+    journal.record(batch)
+
+
+def prepared(
+    studies: Iterator[tuple[int, SourceStudy]], recipe: Recipe, *, workers: int
+) -> Iterator[tuple[int, Prepared | Dropped]]:
+    """Yield the outcome of each study in order, over `workers` processes and with a bounded window.
+
+    A study whose decoder kills its process is dropped with a reason; the others go on.
+    """
+    if workers <= 1:
+        for position, source in studies:
+            yield position, prepare_study(source, recipe)
+        return
+    window: deque[tuple[int, SourceStudy, Future[Prepared | Dropped]]] = deque()
+    pool = _pool(workers)
+    try:
+        exhausted = False
+        while window or not exhausted:
+            while not exhausted and len(window) < 4 * workers:
+                if (entry := next(studies, None)) is None:
+                    exhausted = True
+                else:
+                    window.append((*entry, pool.submit(prepare_study, entry[1], recipe)))
+            if not window:
+                return
+            position, source, future = window.popleft()
+            try:
+                yield position, future.result()
+            except BrokenProcessPool:
+                pool.shutdown(wait=False, cancel_futures=True)
+                yield position, _alone(source, recipe)
+                pool = _pool(workers)
+                window = deque(
+                    (at, study, pool.submit(prepare_study, study, recipe)) for at, study, _ in window
+                )
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def pair_of(outcome: Prepared, key: SiteKey) -> Pair:
+    """Make the stored pair of a prepared study; its split comes from the patient."""
+    split: Split = split_of(outcome.patient, key=key.derive("split"), fractions=DEFAULT_FRACTIONS)
+    return Pair(
+        patient=outcome.patient,
+        study=outcome.study,
+        images=outcome.images,
+        view=outcome.view,
+        indication=outcome.indication,
+        findings=outcome.findings,
+        impression=outcome.impression,
+        split=split,
+    )
+
+
+def seal(plan: ImportPlan, journal: Journal, staging: Path, *, mark: str, progress: Progress) -> None:
+    """Write drops, pairs, card and checksums, and give the folder its name."""
+    total = journal.count()
+    dropped, flags = Counter[str](), Counter[str]()
+    kept_images: set[str] = set()
+    with (staging / "drops.jsonl").open("w") as drops:
+        for number, outcome in enumerate(journal.outcomes(), start=1):
+            progress("seal", number, total)
+            if isinstance(outcome, Dropped):
+                dropped[outcome.reason] += 1
+                drops.write(json.dumps(asdict(outcome), sort_keys=True) + "\n")
+            else:
+                flags.update(outcome.facts.get("flags", []))
+                kept_images.update(outcome.images)
+    if not kept_images:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
+        raise DatasetInvalid(f"no study of {total} could be kept: {reasons}")
+    _remove_others(staging, kept_images)
+    card = {
+        "import": {"format": plan.format, "fingerprint": mark, "max_side": plan.max_side, "bits": plan.bits},
+        "dropped": {reason: bucket(count) for reason, count in sorted(dropped.items())},
+        "flags": {flag: bucket(count) for flag, count in sorted(flags.items())},
+        "split_fractions": dict(DEFAULT_FRACTIONS),
+        "versions": tool_versions(),
+    }
+    pairs = (pair_of(outcome, plan.key) for outcome in journal.outcomes() if isinstance(outcome, Prepared))
+    seal_dataset(staging, plan.directory, pairs, card=card)
+
+
+def summary_of(directory: Path) -> ImportSummary:
+    """Read the summary of a finished import back from its folder."""
+    dropped = Counter[str]()
+    with (directory / "drops.jsonl").open() as handle:
+        for line in handle:
+            dropped[Reason(json.loads(line)["reason"])] += 1
+    pairs = read_pairs(directory)
+    return ImportSummary(
+        directory=str(directory),
+        done_before=True,
+        read=len(pairs) + sum(dropped.values()),
+        kept=len(pairs),
+        dropped=dict(sorted(dropped.items())),
+        patients=len({pair.patient for pair in pairs}),
+        splits={split: sum(pair.split == split for pair in pairs) for split in SPLITS},
+        flags={},
+        preview=[],
+    )
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the versions of what decides the bytes."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("fedrad", "numpy", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    from multiprocessing import get_context
+
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_limit_worker)
+
+
+def _limit_worker() -> None:
+    import resource
+    import signal
+
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _alone(source: SourceStudy, recipe: Recipe) -> Prepared | Dropped:
+    """Prepare one suspect study in a process of its own."""
+    from client.data.sitekey import study_pseudonym
+
+    pool = _pool(1)
+    try:
+        return pool.submit(prepare_study, source, recipe).result()
+    except BrokenProcessPool:
+        return Dropped(source.where, study_pseudonym(recipe.key, source.study), Reason.IMAGE_CRASHED)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _remove_others(staging: Path, kept: set[str]) -> None:
+    """Delete images of dropped studies and partial files that a crash left."""
+    for path in paths.walk_files(staging / "images"):
+        if path.relative_to(staging).as_posix() not in kept:
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+
+
+def _empty(work: Path) -> None:
+    for entry in work.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            os.unlink(entry)
