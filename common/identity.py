@@ -29,6 +29,8 @@ class Purpose(StrEnum):
     APPROVAL = "fedrad/v1/approval"
     ROUND_RECORD = "fedrad/v1/round-record"
     RELEASE = "fedrad/v1/release"
+    ENTRY = "fedrad/v1/entry"
+    CONTRIBUTION = "fedrad/v1/contribution"
 
 
 @dataclass(frozen=True)
