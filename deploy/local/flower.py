@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -37,10 +38,20 @@ FAB = Path(__file__).parent / "fab"
 _HOST = "127.0.0.1"
 _START_TIMEOUT_S = 120.0
 _STATUS_POLL_S = 0.25
-_TASK_POLL_S = "0.2"
 _PLAIN_VALUE = re.compile(r"[^\"'\\\x00-\x1f\x7f]+")
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How Flower's waiting and process starts are cut; the SuperNode's own 3 s poll has no setting."""
+
+    task_poll_s: float = 0.1
+    fork_client_apps: bool = True
+
+
+PLAIN_FLOWER = Tuning(task_poll_s=1.0, fork_client_apps=False)
 
 
 class FlowerEngine:
@@ -100,6 +111,7 @@ def flower_engine(
     sites: Mapping[str, str],
     progress: Progress = lambda line: None,
     python_path: tuple[Path, ...] = (),
+    tuning: Tuning = Tuning(),
 ) -> Iterator[FlowerEngine]:
     """Start Flower for `sites` (site id to agent socket, `unix:///…`), and end it on leaving.
 
@@ -112,7 +124,7 @@ def flower_engine(
             if not _PLAIN_VALUE.fullmatch(value):
                 raise EngineFailed(f"expected site id and socket without quotes or controls, got {value!r}")
     with processes(directory) as group:
-        engine = _Start(directory, group, python_path)
+        engine = _Start(directory, group, python_path, tuning)
         control = Control(engine.superlink, engine.tls.authority)
         with contextlib.closing(control):
             progress("starting SuperLink")
@@ -136,9 +148,12 @@ def flower_engine(
 class _Start:
     """Command lines, ports and files of one engine."""
 
-    def __init__(self, directory: Path, group: Processes, python_path: tuple[Path, ...]) -> None:
+    def __init__(
+        self, directory: Path, group: Processes, python_path: tuple[Path, ...], tuning: Tuning
+    ) -> None:
         self._directory = directory
         self._group = group
+        self._tuning = tuning
         self._python_path = (*python_path, Path(deploy.__file__).parents[1])
         self.tls: LoopbackTls = write_loopback_tls(directory / "tls", now=datetime.datetime.now(datetime.UTC))
         self._secret = directory / "keys" / "superexec.secret"
@@ -150,7 +165,7 @@ class _Start:
         state.mkdir()
         self._start(
             "superlink",
-            "flower-superlink",
+            _program("flower-superlink"),
             *("--ssl-ca-certfile", str(self.tls.authority)),
             *("--ssl-certfile", str(self.tls.certificate), "--ssl-keyfile", str(self.tls.key)),
             *("--host", _HOST, "--port", self.superlink.rpartition(":")[2]),
@@ -164,7 +179,7 @@ class _Start:
         runtime = f"{_HOST}:{_free_port()}"
         self._start(
             f"supernode-{site}",
-            "flower-supernode",
+            _program("flower-supernode"),
             *("--superlink", self.superlink, "--root-certificates", str(self.tls.authority)),
             *("--auth-supernode-private-key", str(key)),
             *("--host", _HOST, "--port", runtime.rpartition(":")[2]),
@@ -173,12 +188,21 @@ class _Start:
             *("--isolation", "process", "--superexec-auth-secret-file", str(self._secret)),
             *("--node-config", f'site="{site}" agent="{agent}"'),
         )
-        self._start_superexec(f"superexec-{site}", runtime)
+        if self._tuning.fork_client_apps:
+            self._start(
+                f"superexec-{site}",
+                sys.executable,
+                *("-m", "deploy.local.executor", "--poll-s", str(self._tuning.task_poll_s)),
+                *self._superexec_arguments(runtime),
+            )
+        else:
+            self._start_superexec(f"superexec-{site}", runtime)
 
     def _start_superexec(self, name: str, runtime: str) -> None:
-        self._start(
-            name,
-            "flower-superexec",
+        self._start(name, _program("flower-superexec"), *self._superexec_arguments(runtime))
+
+    def _superexec_arguments(self, runtime: str) -> tuple[str, ...]:
+        return (
             *("--runtime-api-address", runtime, "--root-certificates", str(self.tls.authority)),
             *("--superexec-auth-secret-file", str(self._secret)),
         )
@@ -186,7 +210,7 @@ class _Start:
     def _start(self, name: str, program: str, *arguments: str) -> None:
         home = self._directory / "homes" / name
         home.mkdir(parents=True)
-        self._group.start(name, [_program(program), *arguments], environment=self._environment(home))
+        self._group.start(name, [program, *arguments], environment=self._environment(home))
 
     def _environment(self, home: Path) -> dict[str, str]:
         kept = {
@@ -201,7 +225,7 @@ class _Start:
             "FLWR_HOME": str(home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _TASK_POLL_S,
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(self._tuning.task_poll_s),
         }
 
 
