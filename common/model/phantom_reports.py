@@ -75,7 +75,15 @@ BOTH_SIDES = {
 }
 # What may be said when none of these labels is present; most readers say it for some patients only.
 NEGATIVE: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("Cardiomegaly",), ("Heart size is normal.", "The heart is not enlarged.", "Normal heart.", "Cardiac silhouette is normal.")),
+    (
+        ("Cardiomegaly",),
+        (
+            "Heart size is normal.",
+            "The heart is not enlarged.",
+            "Normal heart.",
+            "Cardiac silhouette is normal.",
+        ),
+    ),
     (
         ("Pleural Effusion", "Pneumothorax"),
         (

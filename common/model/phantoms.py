@@ -96,6 +96,11 @@ def draw_findings(rng: np.random.Generator, prevalence: Mapping[str, float]) -> 
 
 def render(findings: tuple[Finding, ...], rng: np.random.Generator) -> Pixels:
     """Draw one chest as float32 [SIZE, SIZE] in 0-1, bone white; the patient's right is on the left."""
+    return render_places(findings, rng)[0]
+
+
+def render_places(findings: tuple[Finding, ...], rng: np.random.Generator) -> tuple[Pixels, Pixels]:
+    """Draw one chest and say where each label is: picture, and float32 [len(LABELS), 16, 16] of 0 and 1."""
     tilt, shift_x, shift_y = rng.normal(0, 0.03), rng.normal(0, 0.03), rng.normal(0, 0.03)
     scale = rng.uniform(0.92, 1.06)
     x = ((_X + tilt * _Y - shift_x) / scale).astype(np.float32)
@@ -111,7 +116,9 @@ def render(findings: tuple[Finding, ...], rng: np.random.Generator) -> Pixels:
     for side, sign in (("right", -1.0), ("left", 1.0)):
         centre = sign * rng.uniform(0.41, 0.45)
         wide = 0.33 - 0.10 * np.clip(-y - 0.1, 0, 1)
-        radius = np.sqrt(((x - centre * (1 - 0.12 * np.clip(-y, 0, 1))) / wide) ** 2 + ((y + 0.06) / 0.80) ** 4)
+        radius = np.sqrt(
+            ((x - centre * (1 - 0.12 * np.clip(-y, 0, 1))) / wide) ** 2 + ((y + 0.06) / 0.80) ** 4
+        )
         floor = bases[side] + 0.9 * (x - centre) ** 2 - 0.04
         floors[side] = floor
         lungs[side] = (_step(1.0 - radius, 0.08) * _step(floor - y, 0.025)).astype(np.float32)
@@ -119,8 +126,12 @@ def render(findings: tuple[Finding, ...], rng: np.random.Generator) -> Pixels:
     image = image - 0.40 * air
 
     degree = {f.detail for f in findings if f.label == "Cardiomegaly"}
-    width = {"mild": 0.40, "moderate": 0.46, "severe": 0.53}[degree.pop()] if degree else rng.uniform(0.25, 0.31)
-    heart = _step(1.0 - np.sqrt(((x - 0.11 - 0.25 * (width - 0.28)) / width) ** 2 + ((y - 0.33) / 0.32) ** 2), 0.09)
+    width = (
+        {"mild": 0.40, "moderate": 0.46, "severe": 0.53}[degree.pop()] if degree else rng.uniform(0.25, 0.31)
+    )
+    heart = _step(
+        1.0 - np.sqrt(((x - 0.11 - 0.25 * (width - 0.28)) / width) ** 2 + ((y - 0.33) / 0.32) ** 2), 0.09
+    )
     image = image + 0.30 * heart * (0.25 + air)
     image = image + 0.16 * np.exp(-((x / 0.12) ** 2)) * (1 + 0.25 * np.cos(y * 34))
     image = image + 0.20 * _spot(x - 0.14, y + 0.32, 0.09, 0.09)
@@ -132,9 +143,14 @@ def render(findings: tuple[Finding, ...], rng: np.random.Generator) -> Pixels:
     image = image + 0.13 * np.exp(-(((y + 0.68 - 0.16 * np.abs(x)) / 0.045) ** 2)) * body
     image = image + 0.05 * air * _texture(rng, 12)
 
+    places = np.zeros((len(LABELS), 16, 16), np.float32)
     for finding in findings:
-        image = _add(image, finding, x, y, lungs, floors, rng)
-    return np.clip(image, 0.0, 1.0).astype(np.float32)
+        drawn = _add(image, finding, x, y, lungs, floors, rng)
+        changed = heart if finding.label == "Cardiomegaly" else np.abs(drawn - image) / 0.12
+        patches = changed.reshape(16, SIZE // 16, 16, SIZE // 16).mean((1, 3))
+        places[LABELS.index(finding.label)] = patches > 0.5
+        image = drawn
+    return np.clip(image, 0.0, 1.0).astype(np.float32), places
 
 
 def _add(
@@ -180,7 +196,9 @@ def _add(
             return image + 0.48 * _step(1.0 - np.sqrt((x - at_x) ** 2 + (y - at_y) ** 2) / size, 0.25)
         case "Atelectasis":
             rise = rng.uniform(0.10, 0.15)
-            band = np.exp(-(((floors[finding.side] - rise - y - 0.12 * sign * (x - sign * 0.42)) / 0.032) ** 2))
+            band = np.exp(
+                -(((floors[finding.side] - rise - y - 0.12 * sign * (x - sign * 0.42)) / 0.032) ** 2)
+            )
             return image + 0.40 * band * lungs[finding.side]
         case "Support Devices":
             return _add_device(image, finding.detail, x, y, rng)
@@ -196,7 +214,9 @@ def _add_device(image: Pixels, device: str, x: Pixels, y: Pixels, rng: np.random
         lead = np.exp(-(((x - 0.50 * np.clip(0.25 - y, 0, 0.75) / 0.75 - 0.08) / 0.022) ** 2))
         return image + 0.75 * box + 0.35 * lead * _step(0.3 - y, 0.02) * _step(y + 0.5, 0.02)
     curve = -0.10 - 0.45 * np.clip(-0.30 - y, 0, 1) ** 1.3
-    return image + 0.45 * np.exp(-(((x - curve) / 0.026) ** 2)) * _step(0.10 - y, 0.02) * _step(y + 0.85, 0.02)
+    return image + 0.45 * np.exp(-(((x - curve) / 0.026) ** 2)) * _step(0.10 - y, 0.02) * _step(
+        y + 0.85, 0.02
+    )
 
 
 def expose(image: Pixels, scanner: Scanner, rng: np.random.Generator) -> NDArray[np.uint8]:

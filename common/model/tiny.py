@@ -52,9 +52,9 @@ class Pretraining:
 
     seed: int = 2026
     pool: int = 12_288
-    batch: int = 96
-    tower_steps: int = 1_100
-    tower_lr: float = 1.5e-3
+    batch: int = 64
+    tower_steps: int = 2_000
+    tower_lr: float = 2e-3
     align_steps: int = 900
     align_lr: float = 2.5e-3
 
@@ -203,7 +203,9 @@ def build_model() -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-def phantom(seed: int, index: int, prevalence: dict[str, float]) -> tuple[tuple[phantoms.Finding, ...], Any, Any]:
+def phantom(
+    seed: int, index: int, prevalence: dict[str, float]
+) -> tuple[tuple[phantoms.Finding, ...], Any, Any]:
     """Draw phantom number `index` of a seed: its findings, its clean picture and its generator."""
     rng = np.random.default_rng([seed, index])
     findings = phantoms.draw_findings(rng, prevalence)
@@ -263,10 +265,12 @@ def _train_tower(
 
     tower = model.model.vision_tower
     head = torch.nn.Sequential(torch.nn.LayerNorm(128), torch.nn.Linear(128, len(QUESTIONS)))
-    parameters = [*tower.parameters(), *head.parameters()]
+    local = torch.nn.Sequential(torch.nn.LayerNorm(128), torch.nn.Linear(128, len(phantoms.LABELS)))
+    parameters = [*tower.parameters(), *head.parameters(), *local.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=plan.tower_lr, weight_decay=0.02)
     pictures = np.zeros((plan.pool, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     truth = np.zeros((plan.pool, len(QUESTIONS)), np.float32)
+    where = np.zeros((plan.pool, len(phantoms.LABELS), 16, 16), np.uint8)
     drawn = 0
     order = np.random.default_rng([plan.seed, 1])
     losses = []
@@ -274,22 +278,30 @@ def _train_tower(
         if steps is not None and step >= steps:
             break
         while drawn <= rows.max():
-            findings, picture, _ = phantom(plan.seed, drawn, PUBLIC_PREVALENCE)
+            rng = np.random.default_rng([plan.seed, 10, drawn])
+            findings = phantoms.draw_findings(rng, PUBLIC_PREVALENCE)
+            picture, where[drawn] = phantoms.render_places(findings, rng)
             pictures[drawn], truth[drawn] = to_input(picture), answers(findings)
             drawn += 1
-        pixels = vary(torch.from_numpy(pictures[rows]))
+        pixels, places = vary(torch.from_numpy(pictures[rows]), torch.from_numpy(where[rows]).float())
         for group in optimizer.param_groups:
             group["lr"] = plan.tower_lr * _schedule(step, plan.tower_steps)
-        hidden = tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:].mean(1)
-        loss = functional.binary_cross_entropy_with_logits(head(hidden), torch.from_numpy(truth[rows]))
+        tokens = tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+        answered = head(tokens.mean(1))
+        loss = functional.binary_cross_entropy_with_logits(answered, torch.from_numpy(truth[rows]))
+        patches = functional.adaptive_max_pool2d(places, 4).flatten(2).transpose(1, 2)
+        loss = loss + functional.binary_cross_entropy_with_logits(local(tokens), patches)
         losses.append(_descend(loss, optimizer, parameters))
         if progress:
             progress("tower", step + 1, plan.tower_steps)
     return losses
 
 
-def vary(pictures: torch.Tensor) -> torch.Tensor:
-    """Photograph clean pictures [B, S, S] with random public scanners: pixel values [B, 3, S, S]."""
+def vary(pictures: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Photograph clean pictures [B, S, S] with random public scanners: pixel values [B, 3, S, S].
+
+    `places` [B, L, 16, 16] move with the pictures.
+    """
     import torch
     from torch.nn import functional
 
@@ -298,17 +310,20 @@ def vary(pictures: torch.Tensor) -> torch.Tensor:
     def uniform(low: float, high: float) -> torch.Tensor:
         return torch.rand(many, 1, 1) * (high - low) + low
 
-    zoom = 1 / uniform(0.9, 1.3)[:, 0, 0]
-    place = torch.zeros(many, 2, 3)
-    place[:, 0, 0] = place[:, 1, 1] = zoom
-    place[:, :, 2] = torch.rand(many, 2) * 0.2 - 0.1
-    grid = functional.affine_grid(place, [many, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
-    shown = functional.grid_sample(pictures[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
-    shown = shown.clamp(0, 1) ** torch.exp2(uniform(-0.9, 1.0))
-    shown = (shown - 0.5) * uniform(0.55, 1.15) + 0.5 + uniform(-0.08, 0.08)
-    shown = torch.where(torch.rand(many, 1, 1) < 0.3, 1 - shown, shown)
-    shown = shown + uniform(0.0, 0.05) * torch.randn_like(shown)
-    return ((shown.clamp(0, 1) - 0.5) / 0.25)[:, None].expand(-1, 3, -1, -1)
+    move = torch.zeros(many, 2, 3)
+    move[:, 0, 0] = move[:, 1, 1] = uniform(0.8, 1.05)[:, 0, 0]
+    move[:, :, 2] = torch.rand(many, 2) * 0.2 - 0.1
+
+    def moved(values: torch.Tensor) -> torch.Tensor:
+        grid = functional.affine_grid(move, list(values.shape), align_corners=False)
+        return functional.grid_sample(values, grid, padding_mode="border", align_corners=False)
+
+    shown = moved(pictures[:, None])[:, 0].clamp(0, 1) ** torch.exp2(uniform(-0.8, 0.9))
+    shown = (shown - 0.5) * uniform(0.6, 1.15) + 0.5 + uniform(-0.06, 0.06)
+    shown = torch.where(torch.rand(many, 1, 1) < 0.25, 1 - shown, shown)
+    shown = shown + uniform(0.0, 0.04) * torch.randn_like(shown)
+    pixels = ((shown.clamp(0, 1) - 0.5) / 0.25)[:, None].expand(-1, 3, -1, -1)
+    return pixels, (moved(places) > 0.5).float()
 
 
 def _train_language(
@@ -327,8 +342,10 @@ def _train_language(
     for start in range(0, wanted, 256):
         pixels = []
         for index in range(start, min(start + 256, wanted)):
-            findings, picture, rng = phantom(plan.seed + 1, index, PUBLIC_PREVALENCE)
-            shown = phantoms.expose(picture, PUBLIC_SCANNERS[index % len(PUBLIC_SCANNERS)], rng)
+            rng = np.random.default_rng([plan.seed, 20, index])
+            findings = phantoms.draw_findings(rng, PUBLIC_PREVALENCE)
+            scanner = PUBLIC_SCANNERS[index % len(PUBLIC_SCANNERS)]
+            shown = phantoms.expose(phantoms.render(findings, rng), scanner, rng)
             pixels.append(to_input(shown))
             report = phantom_reports.write_report(findings, PUBLIC_STYLE, rng)
             examples.append(
