@@ -197,6 +197,32 @@ class PatientGradientMisuse(FedRadError):
     """The per-patient gradient engine was called out of order or with a wrong patient map."""
 
 
+class SamplingInvalid(FedRadError):
+    """A sampling rate, seed, order of patients or number of studies is out of range."""
+
+
+class GeneratorReused(FedRadError):
+    """Randomness was asked twice for one purpose from one generator."""
+
+
+class TestRandomness(FedRadError):
+    """A result came from randomness that was seeded for a test and must not be released."""
+
+    __test__ = False
+
+
+class NoiseInvalid(FedRadError):
+    """A noise width or size is out of range."""
+
+
+class PlanInvalid(FedRadError):
+    """A privacy plan has an unknown field, a value out of range or an impossible combination."""
+
+
+class AccountantsDisagree(FedRadError):
+    """Two privacy accountants give values of epsilon that are too far apart, or one gave none."""
+
+
 # --- engines (deploy/local) -------------------------------------------------------------------------------
 
 
