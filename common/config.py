@@ -123,6 +123,7 @@ class AdapterSection:
     targets: str = _text(r"[^\x00-\x1f]{1,300}", "a regular expression")
     strategy: Strategy = Strategy.ALTERNATING
     init_seed: int = _number(0, 2**31 - 1, default=0)
+    initial_sha256: str = _text(r"(?:[0-9a-f]{64})?", "64 hex digits", default="")
     tensors: tuple[TensorSpec, ...] = ()
 
 
@@ -293,6 +294,8 @@ def verify_resolved(study: Study) -> None:
         raise ManifestInvalid("base.files: expected the pinned files of the base, got none; run `study sign`")
     if not study.adapter.tensors:
         raise ManifestInvalid("adapter.tensors: expected the adapter's tensors, got none; run `study sign`")
+    if not study.adapter.initial_sha256:
+        raise ManifestInvalid("adapter.initial_sha256: expected the hash of the first adapter, got none")
     if not study.cohort.operator_key:
         raise ManifestInvalid("cohort.operator_key: expected the operator's public key, got none")
     for site in study.cohort.site:

@@ -1,0 +1,208 @@
+"""A site's directory: who it is, where its data and bases are, its keys, studies and state.
+
+    site.json            site id, operator's public key, data folder, base folders
+    keys/message.key     Ed25519, signs protocol messages and approvals (0600)
+    studies/<sha256>/    study.json, operator.sig, approval.sig or refusal.json
+    state/<sha256>/      what the agent has served (client/state.py)
+    cache/               vision features
+
+The process that runs Flower code has no access to any of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import Study, format_study, parse_study, verify_resolved
+from common.errors import (
+    BaseInvalid,
+    DataInsufficient,
+    FedRadError,
+    SignatureInvalid,
+    StudyNotApproved,
+    StudyUnknown,
+)
+from common.files import write_atomic
+from common.identity import Purpose, SigningKey, load_key, load_or_create_key, verify_signature
+
+
+class SiteHomeInvalid(FedRadError):
+    """A site's directory is missing, incomplete or has a wrong field."""
+
+
+@dataclass(frozen=True)
+class SiteHome:
+    """Paths and settings of one site; `bases` maps a base's name in manifests to its directory."""
+
+    directory: Path
+    site: str
+    operator_key: str
+    data: Path
+    bases: dict[str, Path]
+
+    @property
+    def key_path(self) -> Path:
+        return self.directory / "keys" / "message.key"
+
+    @property
+    def cache(self) -> Path:
+        return self.directory / "cache"
+
+    def study_directory(self, sha256: str) -> Path:
+        return self.directory / "studies" / sha256
+
+    def state_directory(self, sha256: str) -> Path:
+        return self.directory / "state" / sha256
+
+    def message_key(self) -> SigningKey:
+        return load_key(self.key_path)
+
+    def base_directory(self, name: str) -> Path:
+        """Return where a base lies at this site; raises BaseInvalid naming what to add."""
+        if name not in self.bases:
+            raise BaseInvalid(
+                f"{self.directory / 'site.json'}: bases: expected a directory for base {name!r}, "
+                f"got {', '.join(sorted(self.bases)) or 'none'}"
+            )
+        return self.bases[name]
+
+
+def create_home(
+    directory: Path, *, site: str, operator_key: str, data: Path, bases: dict[str, Path]
+) -> SiteHome:
+    """Make or update a site's directory and its message key; an existing key is kept."""
+    home = SiteHome(directory, site, operator_key, data, bases)
+    (directory / "keys").mkdir(parents=True, exist_ok=True, mode=0o700)
+    load_or_create_key(home.key_path)
+    value = {
+        "site": site,
+        "operator_key": operator_key,
+        "data": str(data.absolute()),
+        "bases": {name: str(path.absolute()) for name, path in sorted(bases.items())},
+    }
+    write_atomic(directory / "site.json", (json.dumps(value, indent=2) + "\n").encode())
+    return home
+
+
+def open_home(directory: Path) -> SiteHome:
+    """Read a site's directory; raises SiteHomeInvalid naming file and field."""
+    path = directory / "site.json"
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SiteHomeInvalid(
+            f"{path}: expected a site's settings, got none; run `fedrad-site enrol`"
+        ) from error
+    if not isinstance(value, dict) or set(value) != {"site", "operator_key", "data", "bases"}:
+        raise SiteHomeInvalid(f"{path}: expected the fields site, operator_key, data and bases")
+    if not re.fullmatch(r"[0-9a-f]{64}", str(value["operator_key"])):
+        raise SiteHomeInvalid(f"{path}: operator_key: expected 64 hex digits")
+    if not isinstance(value["bases"], dict):
+        raise SiteHomeInvalid(f"{path}: bases: expected a table of directories by name")
+    return SiteHome(
+        directory,
+        str(value["site"]),
+        str(value["operator_key"]),
+        Path(str(value["data"])),
+        {str(name): Path(str(path)) for name, path in value["bases"].items()},
+    )
+
+
+def receive_study(home: SiteHome, manifest: bytes, operator_signature: bytes) -> Study:
+    """Store a study offered by the operator; it runs only after `approve_study`.
+
+    Raises ManifestInvalid, SignatureInvalid, or StudyNotApproved when the operator is not this site's.
+    """
+    study = parse_study(manifest)
+    verify_resolved(study)
+    if study.cohort.operator_key != home.operator_key:
+        raise StudyNotApproved(
+            f"study {study.study.id}: expected operator key {home.operator_key[:16]}… (this site's), "
+            f"got {study.cohort.operator_key[:16]}…"
+        )
+    verify_signature(home.operator_key, Purpose.STUDY, manifest, operator_signature)
+    directory = home.study_directory(study.sha256)
+    write_atomic(directory / "operator.sig", operator_signature.hex().encode())
+    write_atomic(directory / "study.json", manifest)
+    return study
+
+
+def approve_study(home: SiteHome, sha256: str) -> bytes:
+    """Sign a received study for this site; returns the 64-byte approval, which is also stored."""
+    study = read_study(home, sha256)
+    key = home.message_key()
+    if study.site(home.site).message_key != key.public:
+        raise StudyNotApproved(
+            f"study {study.study.id}: cohort.site {home.site}: expected this site's message key "
+            f"{key.public[:16]}…, got {study.site(home.site).message_key[:16]}…"
+        )
+    approval = key.sign(Purpose.APPROVAL, format_study(study))
+    directory = home.study_directory(sha256)
+    write_atomic(directory / "approval.sig", approval.hex().encode())
+    (directory / "refusal.json").unlink(missing_ok=True)
+    return approval
+
+
+def refuse_study(home: SiteHome, sha256: str, reason: str) -> None:
+    """Withdraw or deny this site's approval; the agent refuses the study from the next message on."""
+    read_study(home, sha256)
+    directory = home.study_directory(sha256)
+    write_atomic(directory / "refusal.json", json.dumps({"reason": reason}).encode())
+    (directory / "approval.sig").unlink(missing_ok=True)
+
+
+def read_study(home: SiteHome, sha256: str) -> Study:
+    """Read a received study and verify hash and operator signature; raises StudyUnknown."""
+    directory = home.study_directory(sha256)
+    try:
+        manifest = (directory / "study.json").read_bytes()
+        signature = bytes.fromhex((directory / "operator.sig").read_text().strip())
+    except (OSError, ValueError) as error:
+        raise StudyUnknown(f"expected a study received by this site, got {sha256[:16]}…") from error
+    study = parse_study(manifest)
+    if study.sha256 != sha256:
+        raise StudyUnknown(f"{directory}: expected the study of this hash, got {study.sha256[:16]}…")
+    verify_signature(home.operator_key, Purpose.STUDY, manifest, signature)
+    return study
+
+
+def read_approved_study(home: SiteHome, sha256: str) -> Study:
+    """Read a study that the operator signed and this site approved; raises StudyNotApproved."""
+    study = read_study(home, sha256)
+    path = home.study_directory(sha256) / "approval.sig"
+    try:
+        approval = bytes.fromhex(path.read_text().strip())
+        verify_signature(study.site(home.site).message_key, Purpose.APPROVAL, format_study(study), approval)
+    except (OSError, ValueError, SignatureInvalid) as error:
+        raise StudyNotApproved(
+            f"study {study.study.id}: expected this site's approval, got none; `fedrad-site study show "
+            f"{sha256[:12]}`, then approve or refuse it"
+        ) from error
+    return study
+
+
+def list_studies(home: SiteHome) -> list[str]:
+    """List the hashes of received studies."""
+    root = home.directory / "studies"
+    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+
+
+def find_study(home: SiteHome, prefix: str) -> str:
+    """Resolve a hash prefix or a study id to one received study; raises StudyUnknown."""
+    found = [
+        sha
+        for sha in list_studies(home)
+        if sha.startswith(prefix) or read_study(home, sha).study.id == prefix
+    ]
+    if len(found) != 1:
+        raise StudyUnknown(f"expected one received study named {prefix!r}, got {len(found)}")
+    return found[0]
+
+
+def verify_data(home: SiteHome) -> None:
+    """Raise DataInsufficient unless the site's data folder is there."""
+    if not (home.data / "pairs.jsonl").is_file():
+        raise DataInsufficient(f"{home.data}: expected prepared data (pairs.jsonl), got none")

@@ -1,0 +1,196 @@
+"""The server's durable state of a study: everything after each round, and what it was about to ask.
+
+    study.json  operator.sig           the signed manifest
+    keys/message.key                   the operator's key (0600)
+    rounds/000012/                     state after round 12: adapter, optimizer, state.json
+    records.jsonl                      every signed round record, in order
+    pending.json                       the requests of the attempt in progress
+    log.jsonl                          what happened, for people and tests
+
+Guarantees: a round directory appears whole (staged, fsynced, renamed); a torn last line of a log is cut off
+on open; a request's random parts are durable before it is sent, so that a restarted server asks the very
+same question. One process at a time holds the directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.canonical import canonical_json
+from common.config import Study, parse_study, verify_resolved
+from common.errors import CheckpointInvalid, RunDirectoryBusy
+from common.files import append_durable, sync_directory, write_atomic
+from common.identity import Purpose, verify_signature
+from common.model.lora import Vector, read_adapter, vector_sha256, write_adapter
+from common.records import SignedRecord, signed_from_json, signed_to_json
+from server.optimizer import OptimizerState, initial_state
+
+_KEEP = 2
+
+
+@dataclass(frozen=True)
+class StudyState:
+    """After `round` (-1 before the first): adapter, optimizer, and the newest record's hash."""
+
+    round: int
+    adapter: Vector
+    optimizer: OptimizerState
+    record_sha256: str
+
+
+@dataclass(frozen=True)
+class Pending:
+    """The attempt in progress: all that its requests hold beyond the state, so they can be made again."""
+
+    round: int
+    attempt: int
+    cohort: tuple[str, ...]
+    deadline_unix_s: float
+    nonces: dict[str, str]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class StudyDirectory:
+    """An opened study directory, locked for this process until `close`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._lock = (directory / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise RunDirectoryBusy(f"{directory}: expected no other server on this study, got one") from error
+        self.study = read_signed_study(directory)
+        self._records = self._read_records()
+
+    def close(self) -> None:
+        self._lock.close()
+
+    @property
+    def key_path(self) -> Path:
+        return self.directory / "keys" / "message.key"
+
+    @property
+    def records(self) -> list[SignedRecord]:
+        return self._records
+
+    def load_state(self, initial: Vector) -> StudyState:
+        """Read the newest whole round; raises CheckpointInvalid where it does not match its record."""
+        rounds = self._rounds()
+        if not rounds:
+            return StudyState(-1, initial, initial_state(self.study), self.study.sha256)
+        path = rounds[-1]
+        state = json.loads((path / "state.json").read_text())
+        adapter = read_adapter(path, self.study.adapter.tensors)
+        if vector_sha256(adapter) != state["adapter_sha256"]:
+            raise CheckpointInvalid(f"{path}: expected adapter {state['adapter_sha256'][:16]}…, got another")
+        with np.load(path / "optimizer.npz", allow_pickle=False) as arrays:
+            optimizer = OptimizerState(arrays["first"], arrays["second"], state["steps"])
+        if len(self._records) <= state["round"]:
+            self._append_record(signed_from_json(state["record"]))
+        del self._records[state["round"] + 1 :]
+        if self._records[-1].record.sha256 != state["record_sha256"]:
+            raise CheckpointInvalid(f"{path}: expected record {state['record_sha256'][:16]}…, got another")
+        return StudyState(state["round"], adapter, optimizer, state["record_sha256"])
+
+    def save_round(self, state: StudyState, signed: SignedRecord) -> None:
+        """Make a round durable: its state first, then its record; `load_state` mends a crash between."""
+        staging = self.directory / "rounds" / f".{state.round:06d}.partial"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        write_adapter(staging, state.adapter, self.study.adapter.tensors, self.study.adapter)
+        with (staging / "optimizer.npz").open("wb") as handle:
+            np.savez(handle, first=state.optimizer.first, second=state.optimizer.second)
+            handle.flush()
+            os.fsync(handle.fileno())
+        value = {
+            "round": state.round,
+            "adapter_sha256": vector_sha256(state.adapter),
+            "steps": state.optimizer.steps,
+            "record_sha256": state.record_sha256,
+            "record": signed_to_json(signed),
+        }
+        write_atomic(staging / "state.json", canonical_json(value))
+        final = self.directory / "rounds" / f"{state.round:06d}"
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(staging, final)
+        sync_directory(final.parent)
+        self._append_record(signed)
+        for old in self._rounds()[:-_KEEP]:
+            shutil.rmtree(old)
+
+    def pending(self) -> Pending | None:
+        """Read the attempt in progress, None when there is none."""
+        path = self.directory / "pending.json"
+        if not path.is_file():
+            return None
+        value = json.loads(path.read_text())
+        return Pending(
+            value["round"], value["attempt"], tuple(value["cohort"]), value["deadline_unix_s"],
+            value["nonces"], value["extra"],
+        )  # fmt: skip
+
+    def save_pending(self, pending: Pending) -> None:
+        write_atomic(self.directory / "pending.json", json.dumps(vars(pending)).encode())
+
+    def clear_pending(self) -> None:
+        (self.directory / "pending.json").unlink(missing_ok=True)
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append one event for people, tests and the report; never data of a site."""
+        line = json.dumps({"event": event, **fields}, sort_keys=True)
+        append_durable(self.directory / "log.jsonl", line.encode() + b"\n", mode=0o644)
+
+    def _append_record(self, signed: SignedRecord) -> None:
+        append_durable(
+            self.directory / "records.jsonl", canonical_json(signed_to_json(signed)) + b"\n", mode=0o644
+        )
+        self._records.append(signed)
+
+    def _read_records(self) -> list[SignedRecord]:
+        path = self.directory / "records.jsonl"
+        if not path.is_file():
+            return []
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) != len(data):
+            write_atomic(path, whole)
+        return [signed_from_json(json.loads(line)) for line in whole.splitlines()]
+
+    def _rounds(self) -> list[Path]:
+        root = self.directory / "rounds"
+        return sorted(p for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
+
+
+def write_signed_study(directory: Path, manifest: bytes, signature: bytes) -> None:
+    """Place a signed study in a directory; raises RunDirectoryBusy when another study is in it."""
+    path = directory / "study.json"
+    if path.is_file() and path.read_bytes() != manifest:
+        raise RunDirectoryBusy(
+            f"{directory}: expected an empty directory or the same study, got another; choose another --out"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / "operator.sig", signature.hex().encode())
+    write_atomic(path, manifest)
+
+
+def read_signed_study(directory: Path) -> Study:
+    """Read and verify a study directory's manifest; raises CheckpointInvalid or SignatureInvalid."""
+    try:
+        manifest = (directory / "study.json").read_bytes()
+        signature = bytes.fromhex((directory / "operator.sig").read_text().strip())
+    except (OSError, ValueError) as error:
+        raise CheckpointInvalid(f"{directory}: expected a signed study, got none") from error
+    study = parse_study(manifest)
+    verify_resolved(study)
+    verify_signature(study.cohort.operator_key, Purpose.STUDY, manifest, signature)
+    return study
