@@ -32,6 +32,7 @@ BUCKETS = (
 )  # fmt: skip
 _BUCKET_PATTERN = "|".join(bucket.replace("+", r"\+") for bucket in BUCKETS)
 _SIGNER_PATTERN = SITE_PATTERN
+_SOFTWARE_PATTERN = r"[a-z][a-z0-9-]{0,39} [0-9][0-9A-Za-z.+-]{0,39}"
 _CODE_PATTERN = r"[a-z][a-z0-9-]{0,63}"
 _MAX_TIME_S = 1 << 40
 
@@ -83,7 +84,7 @@ class StudyOpened:
     manifest: Study
     code: str = hex64()
     lockfile: str = hex64()
-    software: str = text(r"[A-Za-z0-9][A-Za-z0-9 .+_-]{0,99}")
+    software: str = text(_SOFTWARE_PATTERN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class DataUse:
     patients: str = text(_BUCKET_PATTERN)
     studies: str = text(_BUCKET_PATTERN)
     dropped: dict[str, str] = text(_BUCKET_PATTERN)  # noqa: RUF009
-    tools: dict[str, str] = text(r"[A-Za-z0-9 .+_-]{0,60}")  # noqa: RUF009
+    tools: dict[str, str] = text(r"[0-9A-Za-z.+-]{1,40}")  # noqa: RUF009
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,7 +455,7 @@ def _study_body(body: Any) -> StudyOpened:
 class _StudyRest:
     code: str = hex64()
     lockfile: str = hex64()
-    software: str = text(r"[A-Za-z0-9][A-Za-z0-9 .+_-]{0,99}")
+    software: str = text(_SOFTWARE_PATTERN)
 
 
 def _check_sense(body: Body, study: str) -> None:
