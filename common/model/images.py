@@ -38,7 +38,10 @@ def read_processor(base_dir: Path) -> ImageProcessor:
     """Read `preprocessor_config.json` of a checkpoint directory; raises BaseInvalid."""
     path = base_dir / "preprocessor_config.json"
     try:
-        return parse_processor(json.loads(path.read_text()))
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise TypeError("expected an object")
+        return parse_processor(config)
     except OSError as error:
         raise BaseInvalid(f"{path}: expected a preprocessor config, got {type(error).__name__}") from error
     except (ValueError, KeyError, TypeError) as error:
