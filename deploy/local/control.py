@@ -77,8 +77,11 @@ class Control:
         return int(response.node_id)
 
     def online_nodes(self) -> set[int]:
-        """Return the ids of the nodes whose SuperNode is connected."""
-        nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        """Return the ids of the nodes whose SuperNode is connected; none while the SuperLink is busy."""
+        try:
+            nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        except httpx.HTTPError:
+            return set()
         return {int(node.node_id) for node in nodes if node.status == "online"}
 
     def start_run(self, fab_directory: Path, run_config: Mapping[str, str | int | float | bool]) -> int:

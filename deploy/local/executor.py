@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+import httpx
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
@@ -68,13 +68,13 @@ def _serve(
             RuntimeVersionHttpInterceptor(component_name="SuperExec"),
             SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({_ACQUIRE})),
         ],
-        retry_invoker=make_simple_http_retry_invoker(),
     )
     request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
     while os.waitpid(nursery, os.WNOHANG) == (0, 0):
-        response = client.AcquireTask(request)
-        if response.HasField("task") and response.token:
-            os.write(tokens, response.token.encode("ascii") + b"\n")
+        with contextlib.suppress(httpx.TransportError):  # the SuperNode is not there yet, or not any more
+            response = client.AcquireTask(request)
+            if response.HasField("task") and response.token:
+                os.write(tokens, response.token.encode("ascii") + b"\n")
         time.sleep(poll_s)
     sys.exit("the process that forks ClientApps has ended")
 

@@ -30,7 +30,7 @@ import deploy
 from common.errors import EngineFailed, RunFailed
 from common.files import write_atomic
 from deploy.local.certificates import LoopbackTls, write_loopback_tls, write_node_key
-from deploy.local.control import Control
+from deploy.local.control import Control, RunStatus
 from deploy.local.processes import Processes, processes, tail
 
 FAB = Path(__file__).parent / "fab"
@@ -38,7 +38,9 @@ FAB = Path(__file__).parent / "fab"
 _HOST = "127.0.0.1"
 _START_TIMEOUT_S = 120.0
 _STATUS_POLL_S = 0.25
-_PLAIN_VALUE = re.compile(r"[^\"'\\\x00-\x1f\x7f]+")
+_SILENCE_S = 60.0
+_SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_AGENT = re.compile(r"unix:///[^\"'\\\x00-\x1f\x7f]+")
 
 Progress = Callable[[str], None]
 
@@ -57,8 +59,7 @@ PLAIN_FLOWER = Tuning(task_poll_s=1.0, fork_client_apps=False)
 class FlowerEngine:
     """A running SuperLink with its sites; made by `flower_engine`."""
 
-    def __init__(self, directory: Path, group: Processes, control: Control, nodes: Mapping[str, int]) -> None:
-        self._directory = directory
+    def __init__(self, group: Processes, control: Control, nodes: Mapping[str, int]) -> None:
         self._group = group
         self._control = control
         self.nodes = dict(nodes)
@@ -88,12 +89,7 @@ class FlowerEngine:
         )
         follower.start()
         try:
-            while not (status := self._control.run_status(run_id)).finished:
-                self._group.check()
-                time.sleep(_STATUS_POLL_S)
-        except httpx.HTTPError as failure:
-            self._group.check()
-            raise EngineFailed(f"the SuperLink does not answer: {failure}") from failure
+            status = self._follow(run_id)
         finally:
             finished.set()
         follower.join(timeout=5.0)
@@ -102,6 +98,23 @@ class FlowerEngine:
                 f"the ServerApp ended {status.text}: {status.details or 'no details'}; the end of {log}:\n"
                 f"{tail(log)}"
             )
+
+    def _follow(self, run_id: int) -> RunStatus:
+        """Wait for the end of a run; a SuperLink that is busy for a moment is asked again."""
+        heard = time.monotonic()
+        while True:
+            self._group.check()
+            try:
+                status = self._control.run_status(run_id)
+                heard = time.monotonic()
+                if status.finished:
+                    return status
+            except httpx.HTTPError as failure:
+                if time.monotonic() - heard > _SILENCE_S:
+                    raise EngineFailed(
+                        f"no answer from the SuperLink for {_SILENCE_S:g} s: {failure}"
+                    ) from failure
+            time.sleep(_STATUS_POLL_S)
 
 
 @contextlib.contextmanager
@@ -120,21 +133,22 @@ def flower_engine(
     ProcessNotReady, EngineFailed.
     """
     for site, agent in sites.items():
-        for value in (site, agent):
-            if not _PLAIN_VALUE.fullmatch(value):
-                raise EngineFailed(f"expected site id and socket without quotes or controls, got {value!r}")
+        if not _SITE.fullmatch(site):
+            raise EngineFailed(f"expected a site id of letters, digits, dot, dash, underscore, got {site!r}")
+        if not _AGENT.fullmatch(agent):
+            raise EngineFailed(f"expected an agent address unix:///… without quotes, got {agent!r}")
     with processes(directory) as group:
-        engine = _Start(directory, group, python_path, tuning)
-        control = Control(engine.superlink, engine.tls.authority)
-        with contextlib.closing(control):
-            progress("starting SuperLink")
-            engine.start_superlink()
+        start = _Start(directory, group, python_path, tuning)
+        progress("starting SuperLink")
+        start.superlink()
+        runtimes = {site: start.superexec_of(site) for site in sites}
+        with contextlib.closing(Control(start.address, start.tls.authority)) as control:
             group.wait_until(control.is_up, what="the SuperLink to answer", timeout_s=_START_TIMEOUT_S)
             nodes = {}
             for site, agent in sites.items():
                 key = directory / "keys" / f"{site}.node"
                 nodes[site] = control.register_node(write_node_key(key), name=site)
-                engine.start_site(site, agent, key)
+                start.supernode(site, agent, key, runtimes[site])
             progress(f"waiting for {len(sites)} SuperNodes")
             group.wait_until(
                 lambda: control.online_nodes() >= set(nodes.values()),
@@ -142,7 +156,7 @@ def flower_engine(
                 timeout_s=_START_TIMEOUT_S,
             )
             progress("Flower is up")
-            yield FlowerEngine(directory, group, control, nodes)
+            yield FlowerEngine(group, control, nodes)
 
 
 class _Start:
@@ -158,9 +172,10 @@ class _Start:
         self.tls: LoopbackTls = write_loopback_tls(directory / "tls", now=datetime.datetime.now(datetime.UTC))
         self._secret = directory / "keys" / "superexec.secret"
         write_atomic(self._secret, secrets.token_bytes(32), mode=0o600)
-        self.superlink = f"{_HOST}:{_free_port()}"
+        self.address = f"{_HOST}:{_free_port()}"
 
-    def start_superlink(self) -> None:
+    def superlink(self) -> None:
+        """Start the SuperLink and the SuperExec that starts ServerApps."""
         state = self._directory / "state"
         state.mkdir()
         self._start(
@@ -168,19 +183,29 @@ class _Start:
             _program("flower-superlink"),
             *("--ssl-ca-certfile", str(self.tls.authority)),
             *("--ssl-certfile", str(self.tls.certificate), "--ssl-keyfile", str(self.tls.key)),
-            *("--host", _HOST, "--port", self.superlink.rpartition(":")[2]),
+            *("--host", _HOST, "--port", self.address.rpartition(":")[2]),
             *("--database", str(state / "superlink.db"), "--enable-supernode-auth"),
             *("--isolation", "process", "--superexec-auth-secret-file", str(self._secret)),
             "--disable-runtime-dependency-installation",
         )
-        self._start_superexec("superexec", self.superlink)
+        self._start("superexec", _program("flower-superexec"), *self._superexec_arguments(self.address))
 
-    def start_site(self, site: str, agent: str, key: Path) -> None:
+    def superexec_of(self, site: str) -> str:
+        """Start what runs a site's ClientApps; return the address where it looks for the SuperNode."""
         runtime = f"{_HOST}:{_free_port()}"
+        program: tuple[str, ...] = (_program("flower-superexec"),)
+        if self._tuning.fork_client_apps:
+            poll = ("--poll-s", str(self._tuning.task_poll_s))
+            program = (sys.executable, "-m", "deploy.local.executor", *poll)
+        self._start(f"superexec-{site}", *program, *self._superexec_arguments(runtime))
+        return runtime
+
+    def supernode(self, site: str, agent: str, key: Path, runtime: str) -> None:
+        """Start a site's SuperNode, whose key must be registered."""
         self._start(
             f"supernode-{site}",
             _program("flower-supernode"),
-            *("--superlink", self.superlink, "--root-certificates", str(self.tls.authority)),
+            *("--superlink", self.address, "--root-certificates", str(self.tls.authority)),
             *("--auth-supernode-private-key", str(key)),
             *("--host", _HOST, "--port", runtime.rpartition(":")[2]),
             *("--ssl-ca-certfile", str(self.tls.authority)),
@@ -188,18 +213,6 @@ class _Start:
             *("--isolation", "process", "--superexec-auth-secret-file", str(self._secret)),
             *("--node-config", f'site="{site}" agent="{agent}"'),
         )
-        if self._tuning.fork_client_apps:
-            self._start(
-                f"superexec-{site}",
-                sys.executable,
-                *("-m", "deploy.local.executor", "--poll-s", str(self._tuning.task_poll_s)),
-                *self._superexec_arguments(runtime),
-            )
-        else:
-            self._start_superexec(f"superexec-{site}", runtime)
-
-    def _start_superexec(self, name: str, runtime: str) -> None:
-        self._start(name, _program("flower-superexec"), *self._superexec_arguments(runtime))
 
     def _superexec_arguments(self, runtime: str) -> tuple[str, ...]:
         return (

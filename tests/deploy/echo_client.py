@@ -18,6 +18,9 @@ def relay(message: Message, context: Context) -> Message:
         raise ValueError("asked to fail")
     if stage == "who":
         envelope = f"{context.node_config['site']} {context.node_config['agent']}".encode()
+    if stage == "turn":
+        name = str(context.node_config["site"]).encode()
+        envelope = name + envelope[::-1][len(name) :]
     if stage == "heavy":
         envelope = ",".join(name for name in ("torch", "transformers") if name in sys.modules).encode()
     return Message(
