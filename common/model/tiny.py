@@ -55,7 +55,7 @@ class Pretraining:
     batch: int = 64
     tower_steps: int = 2_000
     tower_lr: float = 2e-3
-    align_steps: int = 900
+    align_steps: int = 1_000
     align_lr: float = 2.5e-3
 
 
