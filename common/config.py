@@ -140,17 +140,22 @@ class StageSection:
 class TrainingSection:
     """How a site turns its pairs into one gradient sum.
 
-    `expected_patients` is the public denominator of the sum (never a site's true count);
-    `sampling_rate` is the probability with which each patient is drawn in a round.
+    `patients` is a public, nominal number of training patients of the whole cohort (no site's true count);
+    `sampling_rate` is the probability with which each patient is drawn in a round. Their product is the
+    denominator of every gradient sum.
     """
 
     sampling_rate: float = _number(0, 1, open_low=True)
-    expected_patients: int = _number(1, 10_000_000)
+    patients: int = _number(1, 10_000_000)
     studies_per_patient: int = _number(1, 64, default=2)
     max_tokens: int = _number(8, 8192, default=128)
     max_new_tokens: int = _number(1, 4096, default=64)
     microbatch_patients: int = _number(1, 4096, default=32)
     local_steps: int = _number(1, 1000, default=1)
+
+    @property
+    def denominator(self) -> float:
+        return self.sampling_rate * self.patients
 
 
 @dataclass(frozen=True)
@@ -165,20 +170,25 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class PrivacySection:
-    """Differential privacy of the study; in mode `plain` nothing is protected and nothing is released."""
+    """Differential privacy of the study; in mode `plain` nothing is protected and nothing is released.
+
+    `site_epsilon` and `release_epsilon` are what the study may cost one patient at one site, over all rounds,
+    against the server and against anyone with the released model. The noise multipliers that meet them are
+    filled in when the study is signed.
+    """
 
     mode: Mode = Mode.PLAIN
     clip_norm: float = _number(0, 1e6, default=1.0, open_low=True)
     site_epsilon: float = _number(0, 1000, default=16.0, open_low=True)
     release_epsilon: float = _number(0, 1000, default=8.0, open_low=True)
-    delta: float = _number(0, 0.01, default=1e-5, open_low=True)
+    delta: float = _number(0, 0.01, default=0.0)
     colluders: int = _number(0, 64, default=0)
     dropouts: int = _number(0, 64, default=0)
     spare_rounds: int = _number(0, 100_000, default=0)
-    site_sigma: float = _number(0, 1e6, default=0.0)
-    server_sigma: float = _number(0, 1e6, default=0.0)
-    clip_units: int = _number(1 << 10, 1 << 24, default=1 << 20)
+    units_per_clip: int = _number(1 << 10, 1 << 24, default=1 << 20)
     masking: bool = True
+    site_noise: float = _number(0, 1e6, default=0.0)
+    release_noise: float = _number(0, 1e6, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -298,6 +308,8 @@ def verify_resolved(study: Study) -> None:
         raise ManifestInvalid("adapter.initial_sha256: expected the hash of the first adapter, got none")
     if not study.cohort.operator_key:
         raise ManifestInvalid("cohort.operator_key: expected the operator's public key, got none")
+    if study.privacy.mode is not Mode.PLAIN and not (study.privacy.site_noise and study.privacy.delta):
+        raise ManifestInvalid("privacy.site_noise: expected the calibrated noise multipliers, got none")
     for site in study.cohort.site:
         if not site.message_key:
             raise ManifestInvalid(f"cohort.site {site.id}: expected a message_key, got none")

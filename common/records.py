@@ -35,11 +35,13 @@ class RoundRecord:
     groups: tuple[str, ...]
     learning_rate: float
     sampling_rate: float
-    expected_patients: int
+    patients: int
     mode: str
     clip_norm: float
-    site_sigma: float
-    server_sigma: float
+    site_noise: float
+    release_noise: float
+    site_epsilon: float
+    release_epsilon: float
     time_unix_s: int
 
     @property
@@ -116,8 +118,8 @@ def _record(value: Any) -> RoundRecord:
     kinds: dict[str, type] = {
         "study": str, "round": int, "attempt": int, "previous": str, "adapter_in": str, "adapter_out": str,
         "cohort": list, "contributors": list, "missing": dict, "contributions": dict, "groups": list,
-        "learning_rate": float, "sampling_rate": float, "expected_patients": int, "mode": str,
-        "clip_norm": float, "site_sigma": float, "server_sigma": float, "time_unix_s": int,
+        "learning_rate": float, "sampling_rate": float, "patients": int, "mode": str, "clip_norm": float,
+        "site_noise": float, "release_noise": float, "site_epsilon": float, "release_epsilon": float, "time_unix_s": int,
     }  # fmt: skip
     if not isinstance(value, dict) or set(value) != set(kinds):
         raise EnvelopeMalformed(f"round record: expected the fields {sorted(kinds)}")

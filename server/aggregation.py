@@ -31,4 +31,4 @@ def average(study: Study, sums: Mapping[str, npt.NDArray[np.float32]]) -> npt.ND
     total = np.zeros(vector_size(study.adapter.tensors), np.float64)
     for site in sorted(sums):
         total += sums[site]
-    return (total / study.training.expected_patients).astype(np.float32)
+    return (total / study.training.denominator).astype(np.float32)

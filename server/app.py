@@ -29,6 +29,7 @@ from server.checkpoint import Pending, StudyDirectory, StudyState
 from server.cohort import Cohort, Outcome
 from server.optimizer import take_step
 from server.round import (
+    Epsilons,
     contribute_requests,
     finish_request,
     hello_request,
@@ -108,6 +109,7 @@ def _run_round(
         adapter_out=vector_sha256(adapter),
         contributions={site: outcome.replies[site].body for site in sums},
         missing=missing,
+        epsilons=Epsilons(),
         now_unix_s=clock(),
     )
     signed = sign_record(key, record)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,14 @@ from common.records import RoundRecord, SignedRecord, signed_to_json
 from common.schedule import active_groups, learning_rate
 from server.aggregation import parse_sum
 from server.checkpoint import Pending, StudyState
+
+
+@dataclass(frozen=True)
+class Epsilons:
+    """What one patient has paid after a round, against the server and against a release; 0 in mode plain."""
+
+    site: float = 0.0
+    release: float = 0.0
 
 
 def plan_attempt(
@@ -111,6 +120,7 @@ def make_record(
     adapter_out: str,
     contributions: Mapping[str, bytes],
     missing: Mapping[str, str],
+    epsilons: Epsilons,
     now_unix_s: float,
 ) -> RoundRecord:
     """Write down one served round; `missing` keeps only the reason's name, never free text of a site."""
@@ -129,11 +139,13 @@ def make_record(
         groups=tuple(sorted(group.value for group in active_groups(study, pending.round))),
         learning_rate=learning_rate(study, pending.round),
         sampling_rate=study.training.sampling_rate,
-        expected_patients=study.training.expected_patients,
+        patients=study.training.patients,
         mode=privacy.mode.value,
         clip_norm=privacy.clip_norm,
-        site_sigma=privacy.site_sigma,
-        server_sigma=privacy.server_sigma,
+        site_noise=privacy.site_noise,
+        release_noise=privacy.release_noise,
+        site_epsilon=epsilons.site,
+        release_epsilon=epsilons.release,
         time_unix_s=int(now_unix_s),
     )
 

@@ -1,0 +1,98 @@
+"""The two ways to run a local consortium: one process, or Flower's own processes on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+
+from deploy.local.consortium import LocalConsortium
+
+
+class Engine(StrEnum):
+    INPROCESS = "inprocess"
+    FLOWER = "flower"
+
+
+Say = Callable[[str], None]
+
+
+def run_engine(consortium: LocalConsortium, engine: Engine, *, say: Say) -> None:
+    """Run the study's remaining rounds on an engine; raises what the ServerApp raised."""
+    with _socket_directory() as sockets:
+        if engine is Engine.INPROCESS:
+            _run_inprocess(consortium, sockets)
+        else:
+            _run_flower(consortium, sockets, say)
+
+
+def _run_inprocess(consortium: LocalConsortium, sockets: Path) -> None:
+    from client.agent import SiteAgent
+    from client.app import app as client_app
+    from client.models import ModelPool
+    from client.service import ProgressBoard, start_service
+    from deploy.local.inprocess import run_inprocess
+    from server.app import app as server_app
+
+    models = ModelPool()
+    services, configs = [], {}
+    try:
+        for number, (site, home) in enumerate(sorted(consortium.homes.items()), start=1):
+            board = ProgressBoard()
+            path = sockets / f"{site}.sock"
+            agent = SiteAgent(home, models=models, report=board.post)
+            services.append(start_service(agent, board, path, version="local"))
+            configs[number] = {"site": site, "agent": f"unix://{path}"}
+        run_inprocess(
+            server_app,
+            client_app,
+            node_configs=configs,
+            run_config={"study-dir": str(consortium.server.absolute())},
+        )
+    finally:
+        for service in services:
+            service.stop(grace=None)
+
+
+def _run_flower(consortium: LocalConsortium, sockets: Path, say: Say) -> None:
+    from deploy.local.flower import flower_engine
+
+    addresses = {site: f"unix://{sockets / site}.sock" for site in consortium.homes}
+    with flower_engine(consortium.out / "flower", sites=addresses, progress=say) as engine:
+        for site, home in consortium.homes.items():
+            engine.processes.start(
+                f"agent-{site}",
+                [sys.executable, "-m", "client.cli", "up", "--home", str(home.directory.absolute()),
+                 "--socket", str(sockets / f"{site}.sock")],
+                environment=_agent_environment(),
+            )  # fmt: skip
+        say("waiting for the site agents")
+        engine.processes.wait_until(
+            lambda: all((sockets / f"{site}.sock").exists() for site in consortium.homes),
+            what="the site agents to listen",
+            timeout_s=120.0,
+        )
+        engine.run({"study-dir": str(consortium.server.absolute())}, on_log=say)
+
+
+def _agent_environment() -> dict[str, str]:
+    import os
+
+    import client
+
+    root = str(Path(client.__file__).parents[1])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
+
+
+@contextlib.contextmanager
+def _socket_directory() -> Iterator[Path]:
+    """A private short-named directory: Unix socket paths are limited to about 100 characters."""
+    directory = Path(tempfile.mkdtemp(prefix="fedrad-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
