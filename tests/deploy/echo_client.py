@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -16,6 +17,8 @@ def relay(message: Message, context: Context) -> Message:
     stage, envelope = str(record["stage"]), record["envelope"]
     if stage == "fail":
         raise ValueError("asked to fail")
+    if stage == "sleep":
+        time.sleep(60)
     if stage == "who":
         envelope = f"{context.node_config['site']} {context.node_config['agent']}".encode()
     if stage == "turn":
