@@ -1,9 +1,9 @@
 """One process, no ports: the real ServerApp and ClientApp over Flower's `Grid` interface.
 
-Guarantees: every message and reply goes through Flower's own serialisation (the objects that the Fleet
-API would carry), so both sides see exactly the bytes of the wire; an exception in the ClientApp becomes
-the Error reply that a SuperNode would send; a node handles one message at a time, in push order; replies
-come back in push order.
+Guarantees: both sides get a copy of their own, with the very bytes that Flower's serialisation would give
+them (records hold immutable values only, so a deep copy is that without copying a byte; tested against
+it); an exception in the ClientApp becomes the Error reply that a SuperNode would send; a node handles one
+message at a time, in push order; replies come back in push order.
 
 It does not: expire messages by their time to live, keep ServerApp and ClientApp apart (both live in this
 process; the site agent behind its socket is the guard), or run two grids at once in one process, because
@@ -12,18 +12,18 @@ Flower keeps the identity of the running task in a class attribute.
 
 from __future__ import annotations
 
+import copy
 import threading
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Array, Context, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -41,7 +41,7 @@ _one_grid_at_a_time = threading.Lock()
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one node received and sent, in bytes of serialised Flower objects (no HTTP or TLS framing)."""
+    """What one node received and sent: bytes of keys and values in records, without Flower's framing."""
 
     messages: int = 0
     bytes_down: int = 0
@@ -115,10 +115,10 @@ class InProcessGrid(Grid):
                 )
         ids = []
         for message in batch:
-            message_id, contents = _deflate(message)
+            message_id = uuid.uuid4().hex
             message.metadata.__dict__["_message_id"] = message_id
             self._pending[message_id] = self._workers.submit(
-                self._serve, message.metadata.dst_node_id, message_id, contents
+                self._serve, message.metadata.dst_node_id, copy.deepcopy(message)
             )
             ids.append(message_id)
         return ids
@@ -139,24 +139,22 @@ class InProcessGrid(Grid):
         """Drop what waits; a ClientApp call that is running cannot be interrupted and ends by itself."""
         self._workers.shutdown(wait=False, cancel_futures=True)
 
-    def _serve(self, node_id: int, message_id: str, contents: dict[str, bytes]) -> Message:
-        bytes_down = _size(contents)
-        message = _inflate(message_id, contents)
+    def _serve(self, node_id: int, message: Message) -> Message:
+        bytes_down = _size(message)
         with self._node_locks[node_id]:
             try:
                 reply = self._app(message, self._contexts[node_id])
             except Exception as failure:  # exactly what Flower's run_clientapp does with it
                 reason = f"{type(failure)}:<'{failure}'>"
                 reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-        reply_id, reply_contents = _deflate(reply)
         with self._traffic_lock:
             before = self._traffic[node_id]
             self._traffic[node_id] = Traffic(
                 messages=before.messages + 1,
                 bytes_down=before.bytes_down + bytes_down,
-                bytes_up=before.bytes_up + _size(reply_contents),
+                bytes_up=before.bytes_up + _size(reply),
             )
-        return _inflate(reply_id, reply_contents)
+        return copy.deepcopy(reply)
 
 
 def run_inprocess(
@@ -210,19 +208,17 @@ def _server_identity(run_id: int) -> Iterator[None]:
         _one_grid_at_a_time.release()
 
 
-def _deflate(message: Message) -> tuple[str, dict[str, bytes]]:
-    with no_object_id_recompute():
-        objects = get_all_nested_objects(message)
-        return message.object_id, {object_id: item.deflate() for object_id, item in objects.items()}
+def _size(message: Message) -> int:
+    if not message.has_content():
+        return len(message.error.reason or "")
+    return sum(
+        len(key) + _value_size(value) for record in message.content.values() for key, value in record.items()
+    )
 
 
-def _inflate(message_id: str, contents: dict[str, bytes]) -> Message:
-    message = inflate_object_from_contents(message_id, contents)
-    message.metadata.__dict__["_message_id"] = message_id
-    if not isinstance(message, Message):
-        raise TypeError(f"expected a Flower Message, got {type(message).__name__}")
-    return message
-
-
-def _size(contents: dict[str, bytes]) -> int:
-    return sum(map(len, contents.values()))
+def _value_size(value: object) -> int:
+    if isinstance(value, Array):
+        return len(value.data)
+    if isinstance(value, list):
+        return sum(map(_value_size, value))
+    return len(value) if isinstance(value, str | bytes) else 8

@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.errors import EngineBusy, UnknownNode
@@ -54,6 +57,36 @@ def test_an_echo_study_runs_to_its_end(tmp_path: Path) -> None:
     )
     for site in ("north", "south"):
         assert (tmp_path / f"echo-{site}").read_bytes() == echo_server.payload(0, 1000)
+
+
+def test_a_message_arrives_as_flowers_serialisation_would_bring_it() -> None:
+    client = ClientApp()
+    arrived: list[Message] = []
+
+    @client.query("relay")
+    def keep(message: Message, context: Context) -> Message:
+        arrived.append(message)
+        return Message(message.content, reply_to=message)
+
+    def main(grid: Grid) -> None:
+        content = RecordDict(
+            {
+                "config": ConfigRecord({"b": bytes(range(256)), "s": "é", "l": [1, 2], "f": 0.1, "t": True}),
+                "arrays": ArrayRecord([np.arange(7, dtype=np.float32)]),
+                "metrics": MetricRecord({"loss": 0.25, "counts": [3, 4]}),
+            }
+        )
+        sent = Message(content, 101, "query.relay")
+        [reply] = grid.send_and_receive([sent])
+        for copied in (arrived[0], reply):
+            objects = get_all_nested_objects(copied)
+            wire = {object_id: item.deflate() for object_id, item in objects.items()}
+            inflated = inflate_object_from_contents(copied.object_id, wire)
+            assert inflated.content == copied.content == content
+            assert inflated.content.object_id == content.object_id
+        assert arrived[0].object_id == sent.object_id
+
+    serve(main, client)
 
 
 def test_client_works_on_a_copy_of_the_servers_record() -> None:
