@@ -39,6 +39,7 @@ _HOST = "127.0.0.1"
 _START_TIMEOUT_S = 120.0
 _STATUS_POLL_S = 0.25
 _SILENCE_S = 60.0
+_PRELOAD = ("client.app", "client.service", "common.protocol")
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _AGENT = re.compile(r"unix:///[^\"'\\\x00-\x1f\x7f]+")
 
@@ -66,7 +67,7 @@ class FlowerEngine:
 
     @property
     def processes(self) -> Processes:
-        """The engine's processes; start the site agents here to have them watched and ended with it."""
+        """The group that the engine's processes are in."""
         return self._group
 
     def run(
@@ -126,46 +127,62 @@ def flower_engine(
     python_path: tuple[Path, ...] = (),
     tuning: Tuning = Tuning(),
 ) -> Iterator[FlowerEngine]:
-    """Start Flower for `sites` (site id to agent socket, `unix:///…`), and end it on leaving.
+    """Start Flower for `sites` in a directory of its own (emptied first), and end it on leaving.
 
-    `directory` belongs to the engine and is emptied first; `python_path` is put before the folder of the
-    FedRad packages in the module path of ServerApp and ClientApps. Raises EngineBusy, ProcessDied,
-    ProcessNotReady, EngineFailed.
+    As `flower_among`, which takes a group of processes that holds the site agents too.
+    """
+    with (
+        processes(directory) as group,
+        flower_among(group, sites=sites, progress=progress, python_path=python_path, tuning=tuning) as engine,
+    ):
+        yield engine
+
+
+@contextlib.contextmanager
+def flower_among(
+    group: Processes,
+    *,
+    sites: Mapping[str, str],
+    progress: Progress = lambda line: None,
+    python_path: tuple[Path, ...] = (),
+    tuning: Tuning = Tuning(),
+) -> Iterator[FlowerEngine]:
+    """Start Flower for `sites` (site id to agent socket, `unix:///…`) among the processes of a group.
+
+    `python_path` is put before the folder of the FedRad packages in the module path of ServerApp and
+    ClientApps. The processes end with the group. Raises ProcessDied, ProcessNotReady, EngineFailed.
     """
     for site, agent in sites.items():
         if not _SITE.fullmatch(site):
             raise EngineFailed(f"expected a site id of letters, digits, dot, dash, underscore, got {site!r}")
         if not _AGENT.fullmatch(agent):
             raise EngineFailed(f"expected an agent address unix:///… without quotes, got {agent!r}")
-    with processes(directory) as group:
-        start = _Start(directory, group, python_path, tuning)
-        progress("starting SuperLink")
-        start.superlink()
-        runtimes = {site: start.superexec_of(site) for site in sites}
-        with contextlib.closing(Control(start.address, start.tls.authority)) as control:
-            group.wait_until(control.is_up, what="the SuperLink to answer", timeout_s=_START_TIMEOUT_S)
-            nodes = {}
-            for site, agent in sites.items():
-                key = directory / "keys" / f"{site}.node"
-                nodes[site] = control.register_node(write_node_key(key), name=site)
-                start.supernode(site, agent, key, runtimes[site])
-            progress(f"waiting for {len(sites)} SuperNodes")
-            group.wait_until(
-                lambda: control.online_nodes() >= set(nodes.values()),
-                what=f"{len(sites)} SuperNodes online",
-                timeout_s=_START_TIMEOUT_S,
-            )
-            progress("Flower is up")
-            yield FlowerEngine(group, control, nodes)
+    start = _Start(group, python_path, tuning)
+    progress("starting SuperLink")
+    start.superlink()
+    runtimes = {site: start.superexec_of(site) for site in sites}
+    with contextlib.closing(Control(start.address, start.tls.authority)) as control:
+        group.wait_until(control.is_up, what="the SuperLink to answer", timeout_s=_START_TIMEOUT_S)
+        nodes = {}
+        for site, agent in sites.items():
+            key = group.directory / "keys" / f"{site}.node"
+            nodes[site] = control.register_node(write_node_key(key), name=site)
+            start.supernode(site, agent, key, runtimes[site])
+        progress(f"waiting for {len(sites)} SuperNodes")
+        group.wait_until(
+            lambda: control.online_nodes() >= set(nodes.values()),
+            what=f"{len(sites)} SuperNodes online",
+            timeout_s=_START_TIMEOUT_S,
+        )
+        progress("Flower is up")
+        yield FlowerEngine(group, control, nodes)
 
 
 class _Start:
     """Command lines, ports and files of one engine."""
 
-    def __init__(
-        self, directory: Path, group: Processes, python_path: tuple[Path, ...], tuning: Tuning
-    ) -> None:
-        self._directory = directory
+    def __init__(self, group: Processes, python_path: tuple[Path, ...], tuning: Tuning) -> None:
+        directory = self._directory = group.directory
         self._group = group
         self._tuning = tuning
         self._python_path = (*python_path, Path(deploy.__file__).parents[1])
@@ -195,8 +212,10 @@ class _Start:
         runtime = f"{_HOST}:{_free_port()}"
         program: tuple[str, ...] = (_program("flower-superexec"),)
         if self._tuning.fork_client_apps:
-            poll = ("--poll-s", str(self._tuning.task_poll_s))
-            program = (sys.executable, "-m", "deploy.local.executor", *poll)
+            options = ["--poll-s", str(self._tuning.task_poll_s)]
+            for module in _PRELOAD:
+                options += ["--preload", module]
+            program = (sys.executable, "-m", "deploy.local.executor", *options)
         self._start(f"superexec-{site}", *program, *self._superexec_arguments(runtime))
         return runtime
 
@@ -239,6 +258,8 @@ class _Start:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(self._tuning.task_poll_s),
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
         }
 
 

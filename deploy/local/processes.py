@@ -45,10 +45,16 @@ class Processes:
     """The processes of one engine; made by `processes`, which also ends them."""
 
     def __init__(self, directory: Path, token: str) -> None:
+        self._directory = directory
         self._logs = directory / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
         self._token = token
         self._running: dict[str, _Running] = {}
+
+    @property
+    def directory(self) -> Path:
+        """Folder for everything that need not survive the engine; readable by its user only."""
+        return self._directory
 
     @property
     def logs(self) -> Path:
@@ -127,7 +133,7 @@ def processes(directory: Path) -> Iterator[Processes]:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory.with_name(f".{directory.name}.lock")):
         _discard(directory)
-        directory.mkdir()
+        directory.mkdir(mode=0o700)
         token = secrets.token_hex(16)
         (directory / "token").write_text(token)
         guardian = _start_guardian(token)

@@ -47,7 +47,7 @@ def ask(grid: Grid, nodes: list[int], stage: str, envelope: bytes) -> dict[int, 
                 replies[node] = f"error {reply.error.code}: {reply.error.reason}".encode()
             else:
                 replies[node] = reply.content["fedrad"]["envelope"]
-        time.sleep(0.05)
+        time.sleep(0.1 if waiting else 0.0)
     return replies
 
 
