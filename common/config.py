@@ -511,3 +511,36 @@ def _closest(word: str, words: list[str]) -> str | None:
 
     matches = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def describe(study: Study) -> dict[str, str]:
+    """Say in words what a study may do, for those who approve it."""
+    stages = ", then ".join(f"{s.name.value} for {s.rounds} rounds" for s in study.stage)
+    trained = sum(spec.size for spec in study.adapter.tensors)
+    privacy, training, cohort = study.privacy, study.training, study.cohort
+    if privacy.mode is Mode.PLAIN:
+        protection = "NONE: the server sees un-noised sums and the release is not private"
+    elif privacy.mode is Mode.LOCAL:
+        protection = (
+            f"each site noises its own updates; ε ≤ {privacy.site_epsilon:g} at δ {privacy.delta:.1e}"
+        )
+    else:
+        protection = (
+            f"one patient at one site: ε ≤ {privacy.site_epsilon:g} against the server, "
+            f"ε ≤ {privacy.release_epsilon:g} for the released model, δ {privacy.delta:.1e}"
+        )
+    words = {
+        "purpose": study.study.purpose,
+        "base": f"{study.base.name}, frozen, {len(study.base.files)} pinned files",
+        "training": f"{stages}; projector and LoRA rank {study.adapter.rank}, {trained:,} values",
+        "data": (
+            f"each patient is drawn with probability {training.sampling_rate:g} a round, at most "
+            f"{training.studies_per_patient} studies each"
+        ),
+        "privacy": protection,
+        "cohort": f"at least {cohort.min_sites} of {', '.join(study.site_ids)}",
+        "attempts": f"at most {cohort.max_attempts} per round, {cohort.deadline_s:g} s each",
+    }
+    if study.testing is not None:
+        words["testing"] = "draws are seeded: nothing of this study is protected or released"
+    return words

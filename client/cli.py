@@ -1,0 +1,239 @@
+"""`fedrad-site`: what a hospital runs.
+
+Enrol, import data, look at and approve studies, keep the agent up, write a report with a release. Heavy
+libraries load inside the commands; the environment is read only here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from client.data.cli import app as data_app
+from common.terminal import answer, bars, run_program
+
+if TYPE_CHECKING:
+    from client.home import SiteHome
+
+app = typer.Typer(help="A hospital's side of FedRad.", no_args_is_help=True)
+study_app = typer.Typer(help="Studies offered to this site.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Home = Annotated[
+    Path,
+    typer.Option("--home", envvar="FEDRAD_SITE_HOME", help="This site's directory."),
+]
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="Study id or the start of its hash.")]
+_DEFAULT_HOME = Path("~/.fedrad-site").expanduser()
+
+
+@app.callback()
+def site() -> None:
+    """A hospital's side of FedRad; images, reports and keys stay here."""
+
+
+@app.command()
+def enrol(
+    site: Annotated[str, typer.Argument(help="This site's id in manifests, such as north-clinic.")],
+    operator_key: Annotated[str, typer.Option("--operator-key", help="The operator's public key, 64 hex.")],
+    data: Annotated[Path, typer.Option("--data", help="Prepared data folder (fedrad-site data import).")],
+    home: Home = _DEFAULT_HOME,
+    base: Annotated[list[str] | None, typer.Option("--base", help="NAME=DIR of a base model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make this site's directory and keys, and print the key's fingerprint for the telephone."""
+    from client.home import SiteHomeInvalid, create_home
+    from common.identity import fingerprint
+    from common.model.tiny import tiny_base_directory
+
+    bases = {"tiny": tiny_base_directory()}
+    for entry in base or []:
+        name, separator, directory = entry.partition("=")
+        if not separator:
+            raise SiteHomeInvalid(f"--base: expected NAME=DIR, got {entry!r}")
+        bases[name] = Path(directory)
+    made = create_home(home, site=site, operator_key=operator_key, data=data, bases=bases)
+    public = made.message_key().public
+    value = {"site": site, "home": str(home), "message_key": public, "fingerprint": fingerprint(public)}
+    answer(
+        value,
+        as_json=as_json,
+        text=lambda: (
+            f"site {site}: {home}\nmessage key  {public}\nread this to the operator: {value['fingerprint']}"
+        ),
+    )
+
+
+@study_app.command("receive")
+def study_receive(
+    manifest: Annotated[Path, typer.Argument(help="study.json; operator.sig must lie beside it.")],
+    home: Home = _DEFAULT_HOME,
+    as_json: Json = False,
+) -> None:
+    """Take in a study that the operator signed; it runs only after approve."""
+    from client.home import open_home, receive_study
+    from common.errors import ManifestInvalid
+
+    try:
+        encoded = manifest.read_bytes()
+        signature = bytes.fromhex((manifest.parent / "operator.sig").read_text().strip())
+    except (OSError, ValueError) as error:
+        raise ManifestInvalid(f"{manifest}: expected study.json and operator.sig beside it") from error
+    study = receive_study(open_home(home), encoded, signature)
+    answer(
+        {"study": study.sha256, "id": study.study.id},
+        as_json=as_json,
+        text=lambda: f"received {study.study.id} {study.sha256}; look at it, then approve or refuse it",
+    )
+
+
+@study_app.command("show")
+def study_show(
+    study: Annotated[str | None, typer.Argument(help="Study id or hash; all where left out.")] = None,
+    home: Home = _DEFAULT_HOME,
+    as_json: Json = False,
+) -> None:
+    """Say what a study may do with this site's data, in words."""
+    from client.home import find_study, list_studies, open_home, read_study
+    from common.config import describe
+
+    opened = open_home(home)
+    hashes = [find_study(opened, study)] if study else list_studies(opened)
+    values = [_status(opened, sha) | {"allows": describe(read_study(opened, sha))} for sha in hashes]
+
+    def text() -> str:
+        blocks = []
+        for value in values:
+            lines = [f"{value['id']}  {value['study']}  [{value['state']}]"]
+            lines += [f"  {name}: {words}" for name, words in value["allows"].items()]
+            blocks.append("\n".join(lines))
+        return "\n\n".join(blocks) or "no study received"
+
+    answer(values, as_json=as_json, text=text)
+
+
+@study_app.command("approve")
+def study_approve(study: StudyArgument, home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
+    """Sign a study's hash: from now on the agent serves it."""
+    from client.home import approve_study, find_study, open_home
+
+    opened = open_home(home)
+    sha256 = find_study(opened, study)
+    approval = approve_study(opened, sha256).hex()
+    value = _status(opened, sha256) | {"approval": approval, "site": opened.site}
+    answer(value, as_json=as_json, text=lambda: f"approved {sha256}\napproval {approval}")
+
+
+@study_app.command("refuse")
+def study_refuse(
+    study: StudyArgument,
+    reason: Annotated[str, typer.Option(help="Kept at this site.")] = "",
+    home: Home = _DEFAULT_HOME,
+    as_json: Json = False,
+) -> None:
+    """Refuse a study, or withdraw an approval; the agent stops serving it at once."""
+    from client.home import find_study, open_home, refuse_study
+
+    opened = open_home(home)
+    sha256 = find_study(opened, study)
+    refuse_study(opened, sha256, reason)
+    answer(_status(opened, sha256), as_json=as_json, text=lambda: f"refused {sha256}")
+
+
+@app.command()
+def up(
+    home: Home = _DEFAULT_HOME,
+    socket: Annotated[
+        Path | None, typer.Option("--socket", help="Unix socket; default HOME/run/agent.sock.")
+    ] = None,
+) -> None:
+    """Run the site agent until it is told to stop (Ctrl-C or SIGTERM)."""
+    import logging
+    import signal
+    import threading
+
+    _one_thread()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    from client.agent import SiteAgent
+    from client.home import open_home
+    from client.service import ProgressBoard, start_service
+
+    opened = open_home(home)
+    board = ProgressBoard()
+    path = socket or home / "run" / "agent.sock"
+    agent = SiteAgent(opened, report=board.post)
+    service = start_service(agent, board, path, version=_version())
+    logging.getLogger("fedrad.agent").info("agent of site %s listens on %s", opened.site, path)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+    service.stop(grace=5.0).wait()
+    path.unlink(missing_ok=True)
+
+
+@app.command()
+def report(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A frontal chest radiograph (PNG, JPEG).")],
+    release: Annotated[Path, typer.Option("--release", help="Release directory.")],
+    indication: Annotated[str, typer.Option(help="Why the study was made.")] = "",
+    base: Annotated[Path | None, typer.Option("--base", help="Base model directory, if not tiny.")] = None,
+    allow_unprotected: Annotated[
+        bool, typer.Option(help="Run a release that has no differential privacy.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the findings of one image with a release, on this machine."""
+    _one_thread()
+    from client.drafting import draft_findings
+
+    with bars():
+        value = draft_findings(
+            image, release=release, indication=indication, base=base, allow_unprotected=allow_unprotected
+        )
+    answer(value, as_json=as_json, text=lambda: str(value["findings"]))
+
+
+def _status(home: SiteHome, sha256: str) -> dict[str, Any]:
+    from client.home import read_approved_study, read_study
+    from common.errors import StudyNotApproved
+
+    study = read_study(home, sha256)
+    try:
+        read_approved_study(home, sha256)
+        state = "approved"
+    except StudyNotApproved:
+        refused = (home.study_directory(sha256) / "refusal.json").is_file()
+        state = "refused" if refused else "not approved yet"
+    return {"id": study.study.id, "study": sha256, "state": state}
+
+
+def _one_thread() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(1)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fedrad")
+    except PackageNotFoundError:
+        return "source"
+
+
+def main() -> None:
+    run_program(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The findings of one image, written by a verified release on its verified base."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import BaseInvalid
+from common.model.manifest import verify_base
+from common.model.release import open_release
+
+
+def draft_findings(
+    image: Path,
+    *,
+    release: Path,
+    indication: str = "",
+    base: Path | None = None,
+    allow_unprotected: bool = False,
+) -> dict[str, Any]:
+    """Verify release and base, read the image and write its findings.
+
+    Returns findings, model (round and adapter hash), release ε and seconds. Raises ReleaseInvalid,
+    SignatureInvalid, BaseHashMismatch, ImageUnreadable.
+    """
+    started = time.monotonic()
+    opened = open_release(release, allow_unprotected=allow_unprotected)
+    directory = _base(opened.study.base.name, base)
+    verify_base(directory, opened.study.base.files)
+
+    import torch
+
+    from client.evaluation import generate_reports
+    from common.model.images import load_pixels
+    from common.model.llava import vision_features
+    from common.model.loading import load_adapted
+    from common.model.prompts import sentence_case
+
+    pixels = torch.from_numpy(load_pixels(image, directory))[None]
+    adapted = load_adapted(directory, opened.study.adapter)
+    adapted.write_vector(opened.adapter)
+    (text,) = generate_reports(
+        adapted.model,
+        adapted.tokenizer,
+        features=vision_features(adapted.model, pixels).float(),
+        indications=[indication],
+        max_new_tokens=opened.study.training.max_new_tokens,
+    )
+    note = opened.note
+    return {
+        "findings": sentence_case(text),
+        "study": note.study,
+        "round": note.round,
+        "adapter": note.adapter_sha256,
+        "mode": note.mode,
+        "release_epsilon": note.release_epsilon or None,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _base(name: str, given: Path | None) -> Path:
+    if given is not None:
+        return given
+    if name == "tiny":
+        from common.model.tiny import tiny_base_directory
+
+        return tiny_base_directory()
+    raise BaseInvalid(f"--base: expected the directory of base {name!r}, got none")

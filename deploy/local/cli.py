@@ -1,0 +1,131 @@
+"""`fedrad-local`: the whole consortium on one machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.terminal import answer, bars, run_program
+
+app = typer.Typer(help="Run a whole FedRad consortium on this machine.", no_args_is_help=True)
+base_app = typer.Typer(help="The tiny base model that the project builds itself.", no_args_is_help=True)
+app.add_typer(base_app, name="base")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Directory of the run; the same one resumes it.")]
+EngineOption = Annotated[str, typer.Option("--engine", help="inprocess or flower.")]
+
+
+@app.callback()
+def local() -> None:
+    """Run a whole FedRad consortium on this machine."""
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="study.toml")],
+    data: Annotated[Path, typer.Option("--data", help="Folder with one prepared folder per site id.")],
+    out: OutOption,
+    engine: EngineOption = "inprocess",
+    base: Annotated[Path | None, typer.Option("--base", help="Base model directory, if not tiny.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="Also train pooled and each site alone.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Run a study over prepared data of several sites, to result.json and report.html."""
+    result = _run(study, data=data, out=out, engine=engine, base=base, compare=compare)
+    answer(result, as_json=as_json, text=lambda: _summary(result))
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("runs/demo"),
+    engine: EngineOption = "inprocess",
+    seed: Annotated[int, typer.Option(help="Of the synthetic patients.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Train on four made-up hospitals' synthetic radiographs and show the result."""
+    from deploy.local.demo import prepare_demo
+
+    with bars() as display:
+        manifest, data = prepare_demo(out, seed=seed, progress=display.step)
+    result = _run(manifest, data=data, out=out / "run", engine=engine, base=None, compare=True)
+    answer(result, as_json=as_json, text=lambda: _summary(result))
+
+
+@base_app.command()
+def remake(
+    out: Annotated[Path, typer.Argument(help="New directory for the base.")],
+    steps: Annotated[int | None, typer.Option(help="End each stage early, on the same path.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Pretrain the tiny base from nothing, as the shipped one was."""
+    _one_thread()
+    from common.errors import BaseInvalid
+    from common.model.tiny import make_tiny
+
+    if out.exists():
+        raise BaseInvalid(f"{out}: expected no directory here yet, got one")
+    with bars() as display:
+        losses = make_tiny(out, steps=steps, progress=display.step)
+    value = {"base": str(out), "steps": len(losses), "last_loss": losses[-1] if losses else None}
+    answer(value, as_json=as_json, text=lambda: f"{out}: {len(losses)} steps")
+
+
+def _run(
+    study: Path, *, data: Path, out: Path, engine: str, base: Path | None, compare: bool
+) -> dict[str, Any]:
+    _one_thread()
+    from deploy.local.engines import Engine
+    from deploy.local.run import run_study_locally
+
+    if engine not in (member.value for member in Engine):
+        raise typer.BadParameter(f"expected inprocess or flower, got {engine!r}", param_hint="--engine")
+    with bars() as display:
+        return run_study_locally(
+            study, data=data, out=out, engine=Engine(engine), base=base, compare=compare, display=display
+        )
+
+
+def _one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _summary(result: dict[str, Any]) -> str:
+    metrics = result["metrics"]
+    lines = [f"study {result['study'][:12]}: {result['rounds']} rounds in {result['seconds']:.0f} s", ""]
+    lines.append(f"{'finding-F1 on held-out studies':<34}")
+    named = {name: m for name, m in metrics.items() if isinstance(m, dict) and "finding_f1" in m}
+    named |= {f"{site} alone": m for site, m in metrics["local"].items()}
+    for name, m in named.items():
+        low, high = m.get("interval", {}).get("finding_f1", (m["finding_f1"], m["finding_f1"]))
+        lines.append(f"  {name.replace('_', ' '):<32}{m['finding_f1']:.3f}   [{low:.3f}, {high:.3f}]")
+    privacy, traffic = result["privacy"], result["traffic"]
+    claim = "none (mode plain)"
+    if privacy["release_epsilon"] is not None:
+        claim = f"release ε = {privacy['release_epsilon']:.2f} at δ = {privacy['delta']:.1e}, per patient"
+    lines += [
+        "",
+        f"privacy: {claim}",
+        f"per site and round: {traffic['bytes_down_per_site_round']:,.0f} bytes down, "
+        f"{traffic['bytes_up_per_site_round']:,.0f} up; the adapter has {traffic['adapter_bytes']:,}",
+        f"report:  {result['report']}",
+        f"release: {result['release']}",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    run_program(app)
+
+
+if __name__ == "__main__":
+    main()
