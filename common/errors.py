@@ -223,6 +223,22 @@ class AccountantsDisagree(FedRadError):
     """Two privacy accountants give values of epsilon that are too far apart, or one gave none."""
 
 
+class BudgetExceeded(FedRadError):
+    """A commitment or charge would pass a study's plan or the site's limits."""
+
+
+class BudgetMismatch(FedRadError):
+    """A charge or commitment is not what the study's committed privacy plan says."""
+
+
+class BudgetCorrupt(FedRadError):
+    """The privacy ledger was altered, or could not be written, and is not safe to use."""
+
+
+class BudgetBusy(FedRadError):
+    """Another process has the privacy ledger open."""
+
+
 # --- engines (deploy/local) -------------------------------------------------------------------------------
 
 
@@ -291,6 +307,10 @@ class LogTruncated(LedgerInvalid):
 
 class EntryInvalid(LedgerInvalid):
     """A ledger entry has an unknown, missing, mistyped or impossible field, or a bad signature."""
+
+
+class BundleInvalid(LedgerInvalid):
+    """An audit bundle is damaged, has an unknown member or is not in its one encoding."""
 
 
 class LogInUse(LedgerInvalid):

@@ -89,11 +89,16 @@ class StudyOpened:
 
 @dataclass(frozen=True, kw_only=True)
 class Approval:
-    """A site's decision on the study; signed by the site."""
+    """A site's decision on the study, signed by the site.
+
+    `signature` is the site's signature of the manifest (Purpose.APPROVAL); empty on withdrawal, which is
+    signed as an entry instead.
+    """
 
     site: str = site_id()
     decision: Decision
     policy: str = hex64(optional=True)
+    signature: str = text(r"(?:[0-9a-f]{128})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +158,13 @@ class KeyCompromise:
 class Participation:
     """One site's contribution as the site itself signed it; see `contribution_statement`.
 
-    `site_sigma` is the noise multiplier of its share, `epsilon` the site's own spending after this round,
-    `summed` whether the contribution is part of the aggregate.
+    `sigma_units` is the width of its noise share in integer units, `epsilon` the site's own spending with
+    this round charged, `summed` whether the contribution is part of the aggregate.
     """
 
     site: str = site_id()
     commitment: str = hex64()
-    site_sigma: float = ranged(0, 1e9)
+    sigma_units: float = ranged(0, 1e12)
     epsilon: float = ranged(0, 1e9)
     summed: bool
     signature: str = text(r"[0-9a-f]{128}")
@@ -167,7 +172,13 @@ class Participation:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """One attempt at one round: what went in, who took part, how it was protected, what came out."""
+    """One attempt at one round: what went in, who took part, how it was protected, what came out.
+
+    `server_sigma_units` is the width of the server's top-up in integer units, `release_epsilon` what the
+    released sums of the study cost so far, `record` the hash of the signed record that sites chain
+    (common/records.py), `aggregate` a keyed commitment to the unmasked sum. Without privacy (mode plain)
+    widths and epsilons are 0 and claim nothing.
+    """
 
     number: int = ranged(0, 1_000_000)
     attempt: int = ranged(0, 1000)
@@ -180,11 +191,12 @@ class RoundRecord:
     dropouts: tuple[str, ...] = text(SITE_PATTERN)
     clip_norm: float = ranged(0, 1e9)
     sampling_rate: float = ranged(0, 1)
-    expected_patients: int = ranged(0, 10_000_000)
-    server_sigma: float = ranged(0, 1e9)
+    patients: int = ranged(0, 10_000_000)
+    server_sigma_units: float = ranged(0, 1e12)
     delta: float = ranged(0, 1)
     release_epsilon: float = ranged(0, 1e9)
     aggregate: str = hex64(optional=True)
+    record: str = hex64(optional=True)
     code: str = hex64()
     lockfile: str = hex64()
 
@@ -392,11 +404,11 @@ def contribution_statement(study: str, record: RoundRecord, participation: Parti
             "clip_norm": record.clip_norm,
             "commitment": participation.commitment,
             "epsilon": participation.epsilon,
-            "expected_patients": record.expected_patients,
             "number": record.number,
+            "patients": record.patients,
             "sampling_rate": record.sampling_rate,
             "site": participation.site,
-            "site_sigma": participation.site_sigma,
+            "sigma_units": participation.sigma_units,
             "study": study,
         }
     )

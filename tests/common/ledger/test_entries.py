@@ -52,7 +52,7 @@ STUDY = study()
 H = "ab" * 32
 BODIES: list[Body] = [
     StudyOpened(manifest=STUDY, code=CODE, lockfile=LOCKFILE, software="fedrad 0.1.0"),
-    Approval(site="amber", decision=Decision.APPROVE, policy=""),
+    Approval(site="amber", decision=Decision.APPROVE, policy="", signature="ab" * 64),
     DataUse(site="amber", commitment=H, patients="100-199", studies="200-499", dropped={"lateral": "20-49"},
             tools={"fedrad": "0.1.0"}),
     Enrolment(site="amber", message_key=H, witness_key="cd" * 32, tls_fingerprint="", node_fingerprint=H),
@@ -174,7 +174,7 @@ def test_a_site_signs_its_own_numbers_in_a_round_record() -> None:
     verify_contribution(STUDY.sha256, record, part, key_of("amber").public)
     for bad_record, bad_part in [
         (record, dataclasses.replace(part, epsilon=1.0)),
-        (record, dataclasses.replace(part, site_sigma=9.0)),
+        (record, dataclasses.replace(part, sigma_units=9.0)),
         (record, dataclasses.replace(part, commitment="00" * 32)),
         (dataclasses.replace(record, clip_norm=2.0), part),
         (dataclasses.replace(record, sampling_rate=0.01), part),
