@@ -71,8 +71,14 @@ def _serve(
     )
     request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
     while os.waitpid(nursery, os.WNOHANG) == (0, 0):
-        with contextlib.suppress(httpx.TransportError):  # the SuperNode is not there yet, or not any more
+        try:
             response = client.AcquireTask(request)
+        except httpx.TransportError:
+            pass  # the SuperNode is not there yet, or not any more
+        except httpx.HTTPStatusError as refusal:
+            if not refusal.response.is_server_error:
+                raise
+        else:
             if response.HasField("task") and response.token:
                 os.write(tokens, response.token.encode("ascii") + b"\n")
         time.sleep(poll_s)

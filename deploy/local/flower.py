@@ -37,7 +37,7 @@ FAB = Path(__file__).parent / "fab"
 
 _HOST = "127.0.0.1"
 _START_TIMEOUT_S = 120.0
-_STATUS_POLL_S = 0.25
+_STATUS_POLL_S = 0.5
 _SILENCE_S = 60.0
 _PRELOAD = ("client.app", "client.service", "common.protocol")
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -50,7 +50,7 @@ Progress = Callable[[str], None]
 class Tuning:
     """How Flower's waiting and process starts are cut; the SuperNode's own 3 s poll has no setting."""
 
-    task_poll_s: float = 0.1
+    task_poll_s: float = 0.2
     fork_client_apps: bool = True
 
 

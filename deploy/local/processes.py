@@ -78,6 +78,10 @@ class Processes:
         self._running[name] = _Running(name, log, process)
         return process.pid
 
+    def pid(self, name: str) -> int:
+        """Return the process id of a running process."""
+        return self._running[name].process.pid
+
     def check(self) -> None:
         """Raise ProcessDied if any process has ended by itself."""
         for running in self._running.values():

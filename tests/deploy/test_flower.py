@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -13,8 +14,13 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from flwr.cli.build import build_fab_from_disk
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
 
 from common.errors import EngineFailed, ProcessDied, RunFailed
 from deploy.local.flower import FAB, FlowerEngine, flower_engine
@@ -106,6 +112,36 @@ def test_a_failing_server_app_is_a_named_error_with_its_log(engine: FlowerEngine
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("whose", ["superexec", "superexec-north"])
+def test_without_the_secret_nobody_gets_a_task(engine: FlowerEngine, whose: str) -> None:
+    command = Path(f"/proc/{engine.processes.pid(whose)}/cmdline").read_text().split("\0")
+    address = command[command.index("--runtime-api-address") + 1]
+    authority = (engine.processes.directory / "tls" / "ca.crt").read_bytes()
+    request = AcquireTaskRequest(supported_task_types=list(TaskType))
+
+    def ask(secret: bytes | None) -> AcquireTaskResponse:
+        interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperExec")]
+        if secret is not None:
+            protected = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+            interceptors.append(
+                SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=protected)
+            )
+        client = RuntimeHttpClient.from_server_address(
+            address,
+            insecure=False,
+            root_certificates=authority,
+            interceptors=interceptors,
+        )
+        with contextlib.closing(client):
+            return client.AcquireTask(request)
+
+    for wrong in (None, b"x" * 32):
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
+            ask(wrong)
+    assert not ask((engine.processes.directory / "keys" / "superexec.secret").read_bytes()).token
+
+
+@pytest.mark.slow
 def test_a_killed_supernode_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "stages").write_text("echo sleep")
     killed_at: list[float] = []
@@ -116,7 +152,7 @@ def test_a_killed_supernode_is_named_at_once(tmp_path: Path) -> None:
 
     with flower_engine(tmp_path / "engine", sites={"north": "unix:///run/north.sock"}) as running:
         token = (tmp_path / "engine" / "token").read_text()
-        pid = next(pid for pid in marked_processes(token) if is_running("flower-supernode", pid))
+        pid = running.processes.pid("supernode-north")
         timer: list[threading.Timer] = []
 
         def on_log(line: str) -> None:
@@ -150,7 +186,3 @@ def test_after_kill_9_the_same_command_runs_to_its_end(tmp_path: Path) -> None:
     assert second.stdout.splitlines()[-1] == "over"
     assert (tmp_path / "echo-north").read_bytes() == echo_server.payload(0, 100)
     assert not marked_processes(token)
-
-
-def is_running(program: str, pid: int) -> bool:
-    return program.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
