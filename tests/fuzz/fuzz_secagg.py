@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import atheris  # type: ignore[import-not-found]
+import atheris  # type: ignore[import-untyped, import-not-found]
 
 with atheris.instrument_imports(include=["common.secagg", "client.secagg", "server.secagg"]):
     from client.secagg import SiteRound
