@@ -39,6 +39,8 @@ _HOST = "127.0.0.1"
 _START_TIMEOUT_S = 120.0
 _STATUS_POLL_S = 0.5
 _SILENCE_S = 60.0
+_END_GRACE_S = 5.0
+_SERVERAPP = "flwr-serverapp"
 _PRELOAD = ("client.app", "client.service", "common.protocol")
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _AGENT = re.compile(r"unix:///[^\"'\\\x00-\x1f\x7f]+")
@@ -101,10 +103,20 @@ class FlowerEngine:
             )
 
     def _follow(self, run_id: int) -> RunStatus:
-        """Wait for the end of a run; a SuperLink that is busy for a moment is asked again."""
-        heard = time.monotonic()
+        """Wait for the end of a run; a SuperLink that is busy for a moment is asked again.
+
+        Flower itself notices a killed ServerApp only when its lease is over, after a minute.
+        """
+        heard = alive = time.monotonic()
+        seen = False
         while True:
             self._group.check()
+            if self._group.has(_SERVERAPP):
+                seen, alive = True, time.monotonic()
+            elif seen and time.monotonic() - alive > _END_GRACE_S:
+                raise RunFailed(
+                    "the ServerApp's process was killed; the same command takes the study up again"
+                )
             try:
                 status = self._control.run_status(run_id)
                 heard = time.monotonic()
@@ -163,6 +175,7 @@ def flower_among(
     runtimes = {site: start.superexec_of(site) for site in sites}
     with contextlib.closing(Control(start.address, start.tls.authority)) as control:
         group.wait_until(control.is_up, what="the SuperLink to answer", timeout_s=_START_TIMEOUT_S)
+        start.superexec()
         nodes = {}
         for site, agent in sites.items():
             key = group.directory / "keys" / f"{site}.node"
@@ -192,7 +205,7 @@ class _Start:
         self.address = f"{_HOST}:{_free_port()}"
 
     def superlink(self) -> None:
-        """Start the SuperLink and the SuperExec that starts ServerApps."""
+        """Start the SuperLink."""
         state = self._directory / "state"
         state.mkdir()
         self._start(
@@ -205,6 +218,9 @@ class _Start:
             *("--isolation", "process", "--superexec-auth-secret-file", str(self._secret)),
             "--disable-runtime-dependency-installation",
         )
+
+    def superexec(self) -> None:
+        """Start what runs ServerApps; the SuperLink must answer."""
         self._start("superexec", _program("flower-superexec"), *self._superexec_arguments(self.address))
 
     def superexec_of(self, site: str) -> str:

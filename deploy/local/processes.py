@@ -27,7 +27,7 @@ from types import FrameType
 from typing import IO
 
 from common.errors import EngineBusy, EngineFailed, ProcessDied, ProcessNotReady
-from deploy.local.guardian import MARKER, kill_marked
+from deploy.local.guardian import MARKER, kill_marked, marked_processes
 from deploy.local.guardian import __file__ as guardian_script
 
 _LOG_TAIL_LINES = 15
@@ -81,6 +81,10 @@ class Processes:
     def pid(self, name: str) -> int:
         """Return the process id of a running process."""
         return self._running[name].process.pid
+
+    def has(self, program: str) -> bool:
+        """Tell whether this program runs among the processes or their children."""
+        return any(program in command_line(pid) for pid in marked_processes(self._token))
 
     def check(self) -> None:
         """Raise ProcessDied if any process has ended by itself."""
@@ -161,6 +165,14 @@ def tail(log: Path, lines: int = _LOG_TAIL_LINES) -> str:
     except FileNotFoundError:
         return "(no log)"
     return "\n".join(text.splitlines()[-lines:]) or "(empty)"
+
+
+def command_line(pid: int) -> str:
+    """Return a process's command line, empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _discard(directory: Path) -> None:
