@@ -26,8 +26,17 @@ SIGNATURE_BYTES = 64
 TAG_BYTES = 16
 _FIELD_PRIME = 2**255 - 19
 _NONCE = bytes(12)
-# Any scalar tells low order: a clamped scalar is a multiple of 8, which such points turn into zero.
-_PROBE = X25519PrivateKey.from_private_bytes(bytes(range(32)))
+# The canonical u-coordinates of order 1, 2, 4 and 8, on the curve or its twist (https://cr.yp.to/ecdh.html).
+_LOW_ORDER = frozenset(
+    bytes.fromhex(point)
+    for point in (
+        "00" * 32,
+        "01" + "00" * 31,
+        "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+        "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+        "ec" + "ff" * 30 + "7f",
+    )
+)
 
 Sign = Callable[[bytes], bytes]
 """Makes a 64-byte Ed25519 signature of a message with a site's identity key."""
@@ -59,21 +68,23 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def exchange(private: bytes, public: bytes) -> bytes:
-    """Return the 32-byte X25519 shared secret; raises PublicKeyInvalid for a low-order or odd encoding."""
+def verify_public_key(public: bytes) -> None:
+    """Raise PublicKeyInvalid unless the bytes encode, canonically, a point of high order."""
     if len(public) != KEY_BYTES or int.from_bytes(public, "little") >= _FIELD_PRIME:
         raise PublicKeyInvalid("expected a canonical 32-byte X25519 public key, got another encoding")
+    if public in _LOW_ORDER:
+        raise PublicKeyInvalid("expected an X25519 point of high order, got one of low order")
+
+
+def exchange(private: bytes, public: bytes) -> bytes:
+    """Return the 32-byte X25519 shared secret; raises PublicKeyInvalid for a low-order or odd encoding."""
+    verify_public_key(public)
     try:
         return X25519PrivateKey.from_private_bytes(private).exchange(
             X25519PublicKey.from_public_bytes(public)
         )
     except ValueError as error:
-        raise PublicKeyInvalid("expected an X25519 point of high order, got one of low order") from error
-
-
-def verify_public_key(public: bytes) -> None:
-    """Raise PublicKeyInvalid unless the bytes encode, canonically, a point of high order."""
-    exchange(_PROBE.private_bytes_raw(), public)
+        raise PublicKeyInvalid("expected a shared secret that is not zero, got zero") from error
 
 
 def seal(key: bytes, plaintext: bytes, bound_to: bytes) -> bytes:
