@@ -40,6 +40,8 @@ _START_TIMEOUT_S = 120.0
 _STATUS_POLL_S = 0.5
 _SILENCE_S = 60.0
 _END_GRACE_S = 5.0
+_LOG_FAILURES = 5
+_LOG_WAIT_S = 20.0
 _SERVERAPP = "flwr-serverapp"
 _PRELOAD = ("client.app", "client.service", "common.protocol")
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -95,7 +97,7 @@ class FlowerEngine:
             status = self._follow(run_id)
         finally:
             finished.set()
-        follower.join(timeout=5.0)
+        follower.join(timeout=_LOG_WAIT_S)
         if not status.completed:
             raise RunFailed(
                 f"the ServerApp ended {status.text}: {status.details or 'no details'}; the end of {log}:\n"
@@ -299,12 +301,13 @@ def _free_port() -> int:
 def _follow_log(
     control: Control, run_id: int, log: Path, on_log: Progress, finished: threading.Event
 ) -> None:
-    """Copy the ServerApp's output to file and callback; take the stream up again when it breaks."""
+    """Copy the ServerApp's output to file and callback; take the stream up again whenever it ends early."""
     after = 0.0
     rest = ""
+    failures = 0
     with log.open("a", encoding="utf-8") as file:
-        while True:
-            last_try = finished.is_set()
+        while failures < _LOG_FAILURES:
+            run_was_over = finished.is_set()
             try:
                 for text, timestamp in control.log_text(run_id, after):
                     after = timestamp
@@ -313,10 +316,10 @@ def _follow_log(
                     *lines, rest = (rest + text).split("\n")
                     for line in lines:
                         on_log(line)
-                break
-            except (httpx.HTTPError, ValueError, RuntimeError):
-                if last_try:
+                if run_was_over:
                     break
-                finished.wait(1.0)
+            except (httpx.HTTPError, httpx.StreamError, ValueError, RuntimeError):
+                failures += run_was_over
+            finished.wait(0.5)
     if rest:
         on_log(rest)
