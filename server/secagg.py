@@ -54,6 +54,7 @@ from common.secagg.keys import exchange, public_key
 from common.secagg.masking import (
     Mask,
     Vector,
+    add_chunk,
     apply_masks,
     chunk_digest,
     chunks,
@@ -216,19 +217,18 @@ class ServerRound:
             raise StageOutOfOrder("expected `start_adding` first, got an upload to add")
         site = self._adding
         verify_vector(total, length=self.terms.length)
-        if vector.shape != total.shape or vector.dtype != total.dtype:
+        if (vector.shape, vector.dtype) != (total.shape, total.dtype) or not vector.flags.c_contiguous:
             raise VectorInvalid(f"upload of {site}: expected {self.terms.length} uint32 values, got others")
-        done = 0
-        try:
-            for index, (chunk, target) in enumerate(zip(chunks(vector), chunks(total), strict=True)):
-                self.verify_chunk(site, index, chunk)
-                np.add(target, chunk, out=target)
-                done += 1
-        except UploadCorrupted:
-            for chunk, target in list(zip(chunks(vector), chunks(total), strict=True))[:done]:
-                np.subtract(target, chunk, out=target)
-            self._adding = None
-            raise
+        digests = self._uploads[site].chunk_digests
+        pairs = list(zip(chunks(vector), chunks(total), digests, strict=True))
+        for index, (chunk, target, digest) in enumerate(pairs):
+            if add_chunk(chunk, target) != digest:
+                for added, sums, _ in pairs[: index + 1]:
+                    np.subtract(sums, added, out=sums)
+                self._adding = None
+                raise UploadCorrupted(
+                    f"upload of {site}: expected chunk {index} as announced, got other bytes"
+                )
         self._added.append(site)
         self._adding = None
 

@@ -97,6 +97,16 @@ def chunk_digest(chunk: Vector | memoryview | bytes) -> bytes:
     return hashlib.sha256(cast(memoryview, chunk)).digest()
 
 
+def add_chunk(chunk: Vector, target: Vector) -> bytes:
+    """Add a chunk to `target` in place, modulo 2^32, and return the chunk's digest: one pass for both."""
+    running = hashlib.sha256()
+    for start in range(0, chunk.size, _BLOCK_VALUES):
+        block, sums = chunk[start : start + _BLOCK_VALUES], target[start : start + _BLOCK_VALUES]
+        running.update(cast(memoryview, block))
+        np.add(sums, block, out=sums)
+    return running.digest()
+
+
 def upload_digest(length: int, chunk_digests: Sequence[bytes]) -> bytes:
     """Hash a vector's length and chunk digests to what its receipt signs."""
     return digest("upload", length.to_bytes(4, "big"), b"".join(chunk_digests))

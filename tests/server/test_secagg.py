@@ -232,6 +232,8 @@ def test_arrays_of_another_shape_are_refused() -> None:
         round.server.add(round.masked[ME], np.zeros(6, np.uint32))
     with pytest.raises(VectorInvalid):
         round.server.add(round.masked[ME][:3], round.total)
+    with pytest.raises(VectorInvalid):
+        round.server.add(np.repeat(round.masked[ME], 2)[::2], round.total)
 
 
 # --- reveals -----------------------------------------------------------------------------------------------
