@@ -39,13 +39,22 @@ class Status(Enum):
     NEGATIVE = "negative"
 
 
-_HEART = r"(?:heart(?: size| shadow)?|cardiac (?:silhouette|shadow|contours?|size)|cardiac and mediastinal silhouettes?)"
+_HEART = (
+    r"(?:heart(?: size| shadow)?|cardiac (?:silhouette|shadow|contours?|size)|"
+    r"cardiac and mediastinal silhouettes?)"
+)
 _BIG = r"(?:enlarged|enlargement|large|big|prominent|increased|globular)"
-_DEGREE = r"(?:(?:is|are|appears?|remains?|shows?|size|was|to be|at|again|not|no longer|mildly|slightly|moderately|markedly|severely|borderline|top|mild|moderate|severe|marked|stably|stable|minimally|grossly|the|in|size|and|but|overall|significantly|definitely),? )"
+_DEGREE = (
+    r"(?:(?:is|are|appears?|remains?|shows?|size|was|to be|at|again|not|no longer|mildly|slightly|"
+    r"moderately|markedly|severely|borderline|top|mild|moderate|severe|marked|stably|stable|"
+    r"minimally|grossly|the|in|size|and|but|overall|significantly|definitely),? )"
+)
 _MENTIONS: dict[str, str] = {
     "Enlarged Cardiomediastinum": (
-        r"widen(?:ed|ing) (?:of the )?(?:superior |upper )?mediastin\w+|mediastin\w+ (?:is |appears )?(?:not )?"
-        r"(?:mildly |slightly )?widen(?:ed|ing)|mediastinal (?:widening|enlargement)|enlarged (?:cardio)?mediastin\w+|"
+        r"widen(?:ed|ing) (?:of the )?(?:superior |upper )?mediastin\w+|mediastin\w+ (?:is |"
+        r"appears )?(?:not )?"
+        r"(?:mildly |slightly )?widen(?:ed|ing)|mediastinal (?:widening|enlargement)|"
+        r"enlarged (?:cardio)?mediastin\w+|"
         r"cardiomediastinal silhouette (?:is |appears |remains )?(?:not )?(?:mildly |moderately )?enlarged"
     ),
     "Cardiomegaly": (
@@ -54,22 +63,29 @@ _MENTIONS: dict[str, str] = {
         r"(?:left |right )?ventricular (?:enlargement|prominence)"
     ),
     "Lung Opacity": (
-        r"opaci(?:ty|ties|fication|fications|fied)|infiltrat(?:e|es|ion|ions)|air ?-?space (?:disease|process)\w*|"
+        r"opaci(?:ty|ties|fication|fications|fied)|infiltrat(?:e|es|ion|ions)|air ?-?space (?:disease|"
+        r"process)\w*|"
         r"(?:hazy|patchy|streaky|interstitial|reticular|nodular|focal) (?:\w+ )?(?:densit(?:y|ies)|markings)|"
         r"interstitial (?:prominence|thickening|disease)|(?:basilar|basal|lobe|lung) densit(?:y|ies)"
     ),
     "Lung Lesion": (
-        r"nodul(?:e|es)|fibronodular|nodular (?:\w+ )?(?:opacit(?:y|ies)|densit(?:y|ies)|lesions?|focus|foci)|"
-        r"(?:lung|pulmonary|cavitary|parenchymal|lobe) lesions?|mass(?:es)?|mass ?-?like|tumou?rs?|neoplas\w+|"
+        r"nodul(?:e|es)|fibronodular|nodular (?:\w+ )?(?:opacit(?:y|ies)|densit(?:y|ies)|lesions?|focus|"
+        r"foci)|"
+        r"(?:lung|pulmonary|cavitary|parenchymal|lobe) lesions?|mass(?:es)?|mass ?-?like|tumou?rs?|"
+        r"neoplas\w+|"
         r"metasta\w+|malignan\w+"
     ),
     "Edema": r"(?:o?edema)|(?:heart failure|\bchf)|(?:pulmonary )?vascular congestion with edema",
     "Consolidation": r"consolidat(?:ion|ions|ed|ive)",
     "Pneumonia": r"(?:broncho)?pneumonias?|pneumoni(?:c|tis)|infectious (?:process|infiltrates?)",
-    "Atelectasis": r"atelecta\w+|(?:lobe|lobar|lung|segmental) collapse|collapse of the (?:\w+ ){0,3}(?:lobe|lung)|collapsed lung",
+    "Atelectasis": (
+        r"atelecta\w+|(?:lobe|lobar|lung|segmental) collapse|collapse of the (?:\w+ ){0,3}(?:lobe|"
+        r"lung)|collapsed lung"
+    ),
     "Pneumothorax": r"(?:hydro)?pneumothora(?:x|ces|cis|xes)",
     "Pleural Effusion": (
-        r"(?<!pericardial )(?<!joint )effusions?|pleural fluid|(?:hydro|hemo)thorax|fluid in the (?:\w+ )?pleural spaces?"
+        r"(?<!pericardial )(?<!joint )effusions?|pleural fluid|(?:hydro|hemo)thorax|"
+        r"fluid in the (?:\w+ )?pleural spaces?"
     ),
     "Pleural Other": (
         r"pleural (?:\w+ )?(?:thickening|scar\w*|plaques?|calcification|fibrosis)|"
@@ -78,9 +94,12 @@ _MENTIONS: dict[str, str] = {
     ),
     "Fracture": r"fractur(?:e|es|ed)",
     "Support Devices": (
-        r"pacemakers?|pacing (?:device|leads?|wires?)|pacer|defibrillator|\baicd|\bicd|picc|port-?a-?cath|mediport|"
-        r"(?:infusion|chest|chemo) ports?|catheters?|(?:central|jugular|subclavian|venous) (?:venous )?lines?|"
-        r"(?:endotracheal|tracheostomy|nasogastric|orogastric|enteric|feeding|chest|thoracostomy|\bet|\bng|\bog) "
+        r"pacemakers?|pacing (?:device|leads?|wires?)|pacer|defibrillator|\baicd|\bicd|picc|port-?a-?cath|"
+        r"mediport|"
+        r"(?:infusion|chest|chemo) ports?|catheters?|(?:central|jugular|subclavian|"
+        r"venous) (?:venous )?lines?|"
+        r"(?:endotracheal|tracheostomy|nasogastric|orogastric|enteric|feeding|chest|thoracostomy|\bet|"
+        r"\bng|\bog) "
         r"tubes?|support devices?|stents?|(?:sternotomy|sternal|epicardial|median sternotomy) wires?|"
         r"(?:surgical|vascular) clips?|prosthe(?:sis|tic valve)|valve replacement|balloon pump"
     ),
@@ -92,17 +111,21 @@ _NEGATION = re.compile(
     r"rules? out|ruled out|resolution of|resolved|devoid of|lack of|excludes?|removal of|removed)\b"
 )
 _FALSE_NEGATION = re.compile(
-    r"\b(?:no|not|without) (?:\w+ )?(?:interval |significant |appreciable |definite )*(?:change\w*|increase|decrease|"
+    r"\b(?:no|not|without) (?:\w+ )?(?:interval |significant |appreciable |definite )*(?:change\w*|"
+    r"increase|decrease|"
     r"improvement|progression|longer|only)\b|\bnot (?:excluded|fully|completely|entirely|certain)\b|"
     r"\b(?:cannot|can not|could not|not) (?:\w+ )?(?:be )?(?:excluded?|ruled? out)\b|\bno doubt\b"
 )
 _NEGATION_AFTER = re.compile(
-    r"^[^,]{0,40}?\b(?:(?:is|are|was|were|has|have)(?: been)? (?:not|no longer|resolved|cleared|absent|removed)|"
-    r"not (?:\w+ )?(?:seen|identified|visualized|present|evident|demonstrated|appreciated|detected)|resolved|unlikely|"
+    r"^[^,]{0,40}?\b(?:(?:is|are|was|were|has|have)(?: been)? (?:not|no longer|resolved|cleared|"
+    r"absent|removed)|"
+    r"not (?:\w+ )?(?:seen|identified|visualized|present|evident|demonstrated|appreciated|detected)|"
+    r"resolved|unlikely|"
     r"no longer (?:seen|present|visible)|absent)\b"
 )
 _DOUBT = re.compile(
-    r"\b(?:may|might|could|possibl[ey]|possibility|probabl[ey]|likely|suspected|suspicious|suspect|question\w*|versus|"
+    r"\b(?:may|might|could|possibl[ey]|possibility|probabl[ey]|likely|suspected|suspicious|suspect|"
+    r"question\w*|versus|"
     r"vs|cannot|can not|concern\w*|suggest\w*|differential|borderline|equivocal|if|consider\w*|or)\b"
 )
 _DOUBT_AFTER = re.compile(
@@ -111,17 +134,20 @@ _DOUBT_AFTER = re.compile(
 )
 _SENTENCE = re.compile(r"(?<!\d)\.+(?=\s|$)|\.(?=\s+[a-z])|[;!?\n]+|(?<=\d)\.(?=\s|$)")
 _BREAK = re.compile(
-    r"\b(?:but|however|although|though|except|aside from|apart from|other than|otherwise|whereas|there (?:is|are|has)|"
+    r"\b(?:but|however|although|though|except|aside from|apart from|other than|otherwise|whereas|"
+    r"there (?:is|are|has)|"
     r"which|with (?:persistent|stable|associated|adjacent|small|mild|minimal|moderate|large))\b|:"
 )
 _FRESH = re.compile(
-    r"^\s*(?!(?:or|and|nor)\b)(?:\w+ )?(?:\w+ )?(?:small|mild|minimal|moderate|severe|trace|tiny|stable|unchanged|persistent|"
-    r"left|right|bilateral|bibasilar|subtle|increased|worsening|new|there is|there are|calcified|cardiomegaly)\b"
+    r"^\s*(?!(?:or|and|nor)\b)(?:\w+ )?(?:\w+ )?(?:small|mild|minimal|moderate|severe|trace|tiny|"
+    r"stable|unchanged|persistent|"
+    r"left|right|bilateral|bibasilar|subtle|increased|worsening|new|there is|there are|calcified|"
+    r"cardiomegaly)\b"
 )
 
 
 def label_report(text: str) -> dict[str, Status]:
-    """Label a report: observation to status, only those it speaks of; "No Finding" when nothing is present."""
+    """Label a report: observation to status, only those it speaks of, "No Finding" if all absent."""
     said: dict[str, Status] = {}
     for sentence in _SENTENCE.split(_normal(text)):
         for label, status in _label_sentence(sentence):
@@ -168,7 +194,7 @@ def _status(sentence: str, start: int, end: int) -> Status:
 
 
 def _reaches(before: str, cue_end: int) -> bool:
-    """Say whether a negation runs on to the mention: a list does, a fresh statement after a comma does not."""
+    """Say whether a negation runs on: through a list it does, into a fresh statement after a comma not."""
     rest = before[cue_end:]
     if rest.count(",") and _FRESH.search(rest.rsplit(",", 1)[1] + " "):
         return False

@@ -32,7 +32,9 @@ def score_reports(
     Raises ScoresInvalid for no reports or unequal counts.
     """
     if len(predictions) != len(references) or not references:
-        raise ScoresInvalid(f"expected as many predictions as references, got {len(predictions)}/{len(references)}")
+        raise ScoresInvalid(
+            f"expected as many predictions as references, got {len(predictions)}/{len(references)}"
+        )
     counts = _counts(predictions, references)
     scores: dict[str, object] = dict(zip(METRICS, _scores(counts.sum(0)), strict=True))
     scores["n"] = len(references)
@@ -41,9 +43,7 @@ def score_reports(
         draws = rng.integers(len(counts), size=(resamples, len(counts)))
         drawn = np.array([_scores(counts[rows].sum(0)) for rows in draws])
         low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-        scores["interval"] = {
-            metric: [float(low[at]), float(high[at])] for at, metric in enumerate(METRICS)
-        }
+        scores["interval"] = {metric: [float(low[at]), float(high[at])] for at, metric in enumerate(METRICS)}
     return scores
 
 

@@ -1,8 +1,8 @@
 """Image files as model input, prepared as the base's `preprocessor_config.json` says.
 
 Resize, centre crop, rescale and normalise follow Hugging Face's `CLIPImageProcessor`, with Pillow and numpy
-alone. Guarantees: a truncated, corrupt, oversized or non-image file is an error that names the file; pixels are
-read fully or not at all. It does not read DICOM.
+alone. Guarantees: a truncated, corrupt, oversized or non-image file is an error that names the file; pixels
+are read fully or not at all. It does not read DICOM.
 """
 
 from __future__ import annotations

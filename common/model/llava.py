@@ -77,7 +77,7 @@ def generate_from_features(
     eos_token_id: int,
     pad_token_id: int,
 ) -> list[list[int]]:
-    """Write greedily from B prompts and their features [I, N, D]; returns the new ids without the end token."""
+    """Write greedily from B prompts and features [I, N, D]; returns the new ids without the end token."""
     import torch
 
     llava = llava_of(model)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +74,8 @@ def tiny_base_directory(cache: Path | None = None) -> Path:
 
 def make_tiny(
     out: Path, *, plan: Pretraining | None = None, steps: int | None = None, progress: Progress | None = None
-) -> list[float]:
-    """Pretrain the tiny base from nothing into `out` and return the loss of every step.
+) -> dict[str, list[float]]:
+    """Pretrain the tiny base from nothing into `out`; returns each stage's loss at every step.
 
     `steps` ends each stage early, on the same path; `progress` gets (stage, step, steps).
     """
@@ -89,22 +88,35 @@ def make_tiny(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
             model = build_model()
-            losses = _train_tower(model, plan, steps, progress)
-            losses += _train_language(model, plan, steps, progress)
+            losses = {
+                "tower": train_tower(model, plan, steps=steps, progress=progress),
+                "language": train_language(model, plan, steps=steps, progress=progress),
+            }
     finally:
         torch.set_num_threads(threads)
     write_base(out, model, losses=losses)
     return losses
 
 
-def write_base(out: Path, model: LlavaForConditionalGeneration, *, losses: list[float]) -> None:
-    """Write a complete checkpoint directory: fp16 weights, configs, tokenizer, preprocessing, prompt, path."""
+def write_base(out: Path, model: LlavaForConditionalGeneration, *, losses: Mapping[str, list[float]]) -> None:
+    """Write a complete checkpoint directory: fp16 weights, configs, tokenizer, preprocessing, prompt, path.
+
+    The config says float32, so that the weights load as float32 where nothing else is asked for.
+    """
     import torch
+    from transformers.utils import logging
 
     out.mkdir(parents=True, exist_ok=True)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     model.to(torch.float16).save_pretrained(out)
+    if bars:
+        logging.enable_progress_bar()
+    model.to(torch.float32)
+    config = json.loads((out / "config.json").read_text())
     tokenizer().save_pretrained(out)
     write = {
+        "config.json": config | {"dtype": "float32"},
         "preprocessor_config.json": {
             "image_processor_type": "CLIPImageProcessor",
             "do_resize": True,
@@ -119,10 +131,10 @@ def write_base(out: Path, model: LlavaForConditionalGeneration, *, losses: list[
             "do_convert_rgb": True,
         },
         "fedrad.json": {"prompt": PROMPT},
-        "pretraining.json": {"losses": [round(loss, 6) for loss in losses]},
+        "pretraining.json": {stage: [round(loss, 5) for loss in some] for stage, some in losses.items()},
     }
     for name, value in write.items():
-        (out / name).write_text(json.dumps(value, indent=1) + "\n")
+        (out / name).write_text(json.dumps(value, indent=None if name == "pretraining.json" else 1) + "\n")
 
 
 def vocabulary() -> dict[str, int]:
@@ -256,8 +268,12 @@ def _at_most(finding: phantoms.Finding) -> tuple[str, ...]:
     return degrees[: degrees.index(finding.detail) + 1] if degrees else (finding.detail,)
 
 
-def _train_tower(
-    model: LlavaForConditionalGeneration, plan: Pretraining, steps: int | None, progress: Progress | None
+def train_tower(
+    model: LlavaForConditionalGeneration,
+    plan: Pretraining,
+    *,
+    steps: int | None = None,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Teach the vision tower to answer `QUESTIONS` on phantoms from varied scanners."""
     import torch
@@ -326,8 +342,12 @@ def vary(pictures: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, to
     return pixels, (moved(places) > 0.5).float()
 
 
-def _train_language(
-    model: LlavaForConditionalGeneration, plan: Pretraining, steps: int | None, progress: Progress | None
+def train_language(
+    model: LlavaForConditionalGeneration,
+    plan: Pretraining,
+    *,
+    steps: int | None = None,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Teach projector and language model to write public reports from the frozen tower's features."""
     import torch
@@ -414,10 +434,3 @@ def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: l
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     return float(loss.detach())
-
-
-def copy_base(source: Path, target: Path) -> None:
-    """Copy a checkpoint directory file by file."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        shutil.copyfile(path, target / path.name)

@@ -81,7 +81,7 @@ def write_synthetic_sites(
 ) -> None:
     """Write one prepared data folder per site below `out`.
 
-    `patients` overrides how many a site has. A site that is not one of `HOSPITALS` borrows a character in turn.
+    `patients` overrides how many a site has. A site not among `HOSPITALS` borrows a character.
     `progress` gets (site, patients done, patients).
     """
     for index, site in enumerate(sites):

@@ -27,7 +27,11 @@ IU = Path(__file__).parents[3] / "shared" / "data" / "iu-xray"
         ("The heart is mildly enlarged.", "Cardiomegaly", Status.POSITIVE),
         ("Borderline cardiomegaly.", "Cardiomegaly", Status.UNCERTAIN),
         ("Heart size is normal.", "Cardiomegaly", None),
-        ("Lungs are without focal consolidation, pneumothorax, or effusion.", "Pneumothorax", Status.NEGATIVE),
+        (
+            "Lungs are without focal consolidation, pneumothorax, or effusion.",
+            "Pneumothorax",
+            Status.NEGATIVE,
+        ),
         ("No effusion but there is bibasilar atelectasis.", "Atelectasis", Status.POSITIVE),
         ("Opacity which may represent pneumonia.", "Pneumonia", Status.UNCERTAIN),
         ("Opacity which may represent pneumonia.", "Lung Opacity", Status.POSITIVE),
@@ -46,13 +50,23 @@ def test_sentence_is_read(text: str, label: str, status: Status | None) -> None:
 
 
 def test_flipping_a_negation_flips_every_label() -> None:
-    for words in ("pleural effusion", "pneumothorax", "consolidation", "edema", "cardiomegaly", "atelectasis"):
+    for words in (
+        "pleural effusion",
+        "pneumothorax",
+        "consolidation",
+        "edema",
+        "cardiomegaly",
+        "atelectasis",
+    ):
         there, gone = present_findings(f"There is {words}."), present_findings(f"There is no {words}.")
         assert "No Finding" not in there and gone == {"No Finding"}
 
 
 def test_a_device_alone_is_no_finding() -> None:
-    assert present_findings("Cardiac pacemaker in place. Lungs are clear.") == {"No Finding", "Support Devices"}
+    assert present_findings("Cardiac pacemaker in place. Lungs are clear.") == {
+        "No Finding",
+        "Support Devices",
+    }
 
 
 def test_an_empty_report_has_no_finding() -> None:

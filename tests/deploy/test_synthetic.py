@@ -44,13 +44,19 @@ def test_same_seed_same_bytes_other_seed_other_patients(sites: Path, tmp_path: P
 
 def test_hospitals_differ_in_pictures_findings_and_words(sites: Path) -> None:
     held = pairs(sites)
-    seen = {site: Counter(f for p in some for f in present_findings(p.findings)) for site, some in held.items()}
+    seen = {
+        site: Counter(f for p in some for f in present_findings(p.findings)) for site, some in held.items()
+    }
     assert seen["north"]["Cardiomegaly"] > 3 * seen["east"]["Cardiomegaly"]
     assert seen["south"]["Lung Lesion"] > 3 * seen["west"]["Lung Lesion"]
-    shared = set.intersection(*({p.findings for p in some if p.impression != "No acute disease."} for some in held.values()))
+    shared = set.intersection(
+        *({p.findings for p in some if p.impression != "No acute disease."} for some in held.values())
+    )
     assert not shared
     corner = {
-        site: np.mean([np.asarray(Image.open(sites / site / p.images[0]))[30:50, 30:40].mean() for p in some[:30]])
+        site: np.mean(
+            [np.asarray(Image.open(sites / site / p.images[0]))[30:50, 30:40].mean() for p in some[:30]]
+        )
         for site, some in held.items()
     }
     assert corner["north"] > corner["west"] > corner["east"]

@@ -14,7 +14,9 @@ from common.model.images import load_pixels, read_processor
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return write_config(tmp_path, size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    return write_config(
+        tmp_path, size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.25] * 3
+    )
 
 
 def write_config(where: Path, **config: object) -> Path:

@@ -93,7 +93,12 @@ def test_a_row_that_ends_leaves_the_others_going(model: Any) -> None:
 
     def write(eos: int) -> list[list[int]]:
         return generate_from_features(
-            model, prompt_ids=prompts, features=features, max_new_tokens=12, eos_token_id=eos, pad_token_id=PAD
+            model,
+            prompt_ids=prompts,
+            features=features,
+            max_new_tokens=12,
+            eos_token_id=eos,
+            pad_token_id=PAD,
         )
 
     free = write(-1)
@@ -115,4 +120,6 @@ def test_features_carry_no_gradient_and_projector_does(model: Any) -> None:
 def test_wrong_number_of_placeholders_is_refused(model: Any) -> None:
     ids, mask = padded(rows([40]), left=False)
     with pytest.raises(FeatureMismatch, match="expected 32 image placeholders, got 16"):
-        forward_features(model, input_ids=ids, attention_mask=mask, features=vision_features(model, pixels(2)))
+        forward_features(
+            model, input_ids=ids, attention_mask=mask, features=vision_features(model, pixels(2))
+        )
