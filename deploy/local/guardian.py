@@ -45,9 +45,12 @@ def kill_marked(token: str, *, timeout_s: float = 10.0) -> list[int]:
 
 
 def main() -> None:
-    """Wait until stdin closes, then kill the marked processes."""
+    """Wait until stdin closes, then kill the marked processes, twice: one may have been about to start."""
     sys.stdin.buffer.read()
-    kill_marked(sys.argv[1])
+    if marked_processes(sys.argv[1]):
+        kill_marked(sys.argv[1])
+        time.sleep(0.5)
+        kill_marked(sys.argv[1])
 
 
 if __name__ == "__main__":
