@@ -18,8 +18,7 @@ import typer
 from common.errors import FedRadError
 
 if TYPE_CHECKING:
-    from client.data.importing import ImportPlan, ImportSummary
-    from client.data.study import SourceStudy
+    from client.data.importing import ImportSummary, Reader
 
 app = typer.Typer(
     help="Turn a hospital's images and reports into clean, de-identified pairs.", no_args_is_help=True
@@ -37,7 +36,7 @@ def data() -> None:
 def import_(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder to import.")],
     out: Annotated[Path, typer.Option("--out", help="Prepared data folder to make.")],
-    format_: Annotated[str, typer.Option("--format", help="auto or table.")] = "auto",
+    format_: Annotated[str, typer.Option("--format", help="auto, table or dicom+table.")] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but write; show ten pairs.")
     ] = False,
@@ -48,6 +47,16 @@ def import_(
     mapping: Annotated[
         Path | None, typer.Option("--mapping", help="TOML with [columns]: our name = theirs.")
     ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="Report table; default the one in SRC.")
+    ] = None,
+    keep_priors: Annotated[
+        bool, typer.Option("--keep-priors", help="Keep references to earlier studies.")
+    ] = False,
+    writing: Annotated[
+        bool,
+        typer.Option("--check-writing/--no-check-writing", help="Quarantine images with writing on them."),
+    ] = True,
     size: Annotated[
         int, typer.Option("--size", min=64, max=4096, help="Longest image side in pixels.")
     ] = 512,
@@ -79,6 +88,9 @@ def import_(
         mapping=read_mapping(mapping),
         max_side=size,
         bits=bits,
+        table=table,
+        keep_priors=keep_priors,
+        check_writing=writing,
         workers=workers or os.cpu_count() or 1,
     )
     with _progress() as progress:
@@ -96,12 +108,32 @@ def main() -> None:
         sys.exit(1)
 
 
-def _reader(name: str, source: Path) -> tuple[str, Callable[[ImportPlan], Iterator[SourceStudy]]]:
+FORMATS = ("auto", "table", "dicom+table")
+
+
+def _reader(name: str, source: Path) -> tuple[str, Reader]:
+    from client.data.sources.dicom_folder import read_dicom_folder
     from client.data.sources.table import read_table
 
-    if name not in ("auto", "table"):
-        raise typer.BadParameter("expected auto or table", param_hint="--format")
-    return "table", lambda plan: read_table(plan.source, mapping=plan.mapping)
+    if name not in FORMATS:
+        raise typer.BadParameter(f"expected one of {', '.join(FORMATS)}", param_hint="--format")
+    if name == "auto":
+        name = guess_format(source)
+    if name == "table":
+        return name, lambda plan, progress: read_table(plan.source, table=plan.table, mapping=plan.mapping)
+    return name, lambda plan, progress: read_dicom_folder(
+        plan.source, table=plan.table, mapping=plan.mapping, progress=progress
+    )
+
+
+def guess_format(source: Path) -> str:
+    """Guess the format from what lies in the folder: DICOM files mean dicom+table, else table."""
+    from itertools import islice
+
+    from client.data.dicom import is_dicom
+    from client.data.sources.paths import walk_files
+
+    return "dicom+table" if any(is_dicom(path) for path in islice(walk_files(source), 200)) else "table"
 
 
 @contextmanager

@@ -19,12 +19,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from client.data.burned_in import tesseract_version
+from client.data.curation import Curation, curate
 from client.data.journal import Journal
 from client.data.prepare import Recipe, prepare_study
+from client.data.redaction_rules import RULES_VERSION
+from client.data.reports import PRIORS_VERSION
 from client.data.sitekey import SiteKey
 from client.data.sources import paths
 from client.data.store import (
@@ -33,8 +37,8 @@ from client.data.store import (
     Pair,
     Split,
     bucket,
+    iter_pairs,
     read_card,
-    read_pairs,
     refuse_existing,
     seal_dataset,
     split_of,
@@ -46,6 +50,7 @@ from common.files import write_atomic
 PREVIEW = 10
 _COMMIT_EVERY = 64
 Progress = Callable[[str, int, int], None]
+Reader = Callable[["ImportPlan", Progress], Iterator[SourceStudy]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +62,11 @@ class ImportPlan:
     directory: Path
     key: SiteKey
     mapping: Mapping[str, str]
+    table: Path | None = None
     max_side: int = 512
     bits: int = 8
+    keep_priors: bool = False
+    check_writing: bool = True
     workers: int = 1
 
 
@@ -77,9 +85,7 @@ class ImportSummary:
     preview: list[dict[str, Any]]
 
 
-def import_studies(
-    plan: ImportPlan, read_source: Callable[[ImportPlan], Iterator[SourceStudy]], *, progress: Progress
-) -> ImportSummary:
+def import_studies(plan: ImportPlan, read_source: Reader, *, progress: Progress) -> ImportSummary:
     """Import a source into `plan.directory` and return the summary.
 
     `read_source` yields the studies of the source in a fixed order; `progress(stage, done, total)` is
@@ -111,42 +117,22 @@ def import_studies(
     return replace(summary_of(plan.directory), done_before=False)
 
 
-def preview_import(
-    plan: ImportPlan, read_source: Callable[[ImportPlan], Iterator[SourceStudy]], *, progress: Progress
-) -> ImportSummary:
+def preview_import(plan: ImportPlan, read_source: Reader, *, progress: Progress) -> ImportSummary:
     """Do everything but write: the summary that an import would give, with the first ten pairs."""
     verify_plan(plan)
     journal = Journal(None)
     try:
         run_stages(plan, journal, read_source, staging=None, progress=progress)
-        kept, dropped, preview = Counter[str](), Counter[str](), list[dict[str, Any]]()
-        patients: set[str] = set()
-        flags = Counter[str]()
-        read = 0
-        for outcome in journal.outcomes():
-            read += 1
-            if isinstance(outcome, Dropped):
-                dropped[outcome.reason] += 1
-                continue
-            pair = pair_of(outcome, plan.key)
-            kept[pair.split] += 1
-            patients.add(pair.patient)
-            flags.update(outcome.facts.get("flags", []))
-            if len(preview) < PREVIEW:
+        curation = curate_journal(journal, progress=progress)
+        counts = Counts()
+        preview: list[dict[str, Any]] = []
+        for outcome, pair in decided(journal, curation, plan.key):
+            counts.add(outcome, pair)
+            if pair is not None and len(preview) < PREVIEW:
                 preview.append({**asdict(pair), "where": outcome.where})
     finally:
         journal.close()
-    return ImportSummary(
-        directory=str(plan.directory),
-        done_before=False,
-        read=read,
-        kept=sum(kept.values()),
-        dropped=dict(sorted(dropped.items())),
-        patients=len(patients),
-        splits={split: kept[split] for split in SPLITS},
-        flags=dict(sorted(flags.items())),
-        preview=preview,
-    )
+    return counts.summary(plan.directory, done_before=False, preview=preview)
 
 
 def verify_plan(plan: ImportPlan) -> None:
@@ -175,6 +161,20 @@ def fingerprint(plan: ImportPlan) -> str:
     return mac.hexdigest()
 
 
+def settings_of(plan: ImportPlan) -> dict[str, Any]:
+    """Return what of a plan decides the bytes and says nothing about patients."""
+    return {
+        "format": plan.format,
+        "mapping": dict(plan.mapping),
+        "max_side": plan.max_side,
+        "bits": plan.bits,
+        "keep_priors": plan.keep_priors,
+        "check_writing": plan.check_writing,
+        "redaction_rules": RULES_VERSION,
+        "prior_rules": PRIORS_VERSION,
+    }
+
+
 def work_folder(directory: Path) -> Path:
     """Return the private folder beside the output in which an import keeps its state."""
     return directory.with_name(f".{directory.name}.importing")
@@ -194,19 +194,27 @@ def only_one(work: Path) -> Iterator[None]:
 def run_stages(
     plan: ImportPlan,
     journal: Journal,
-    read_source: Callable[[ImportPlan], Iterator[SourceStudy]],
+    read_source: Reader,
     *,
     staging: Path | None,
     progress: Progress,
 ) -> None:
     """Gather the studies unless that is done, then prepare those without an outcome."""
     if not journal.gathered():
-        journal.gather(read_source(plan))
+        journal.gather(read_source(plan, progress))
     total = journal.count()
     if total == 0:
         raise SourceInvalid(f"expected at least one study in {plan.source}, found none")
     done = total - journal.count(open_only=True)
-    recipe = Recipe(plan.source, staging, plan.key, max_side=plan.max_side, bits=plan.bits)
+    recipe = Recipe(
+        plan.source,
+        staging,
+        plan.key,
+        max_side=plan.max_side,
+        bits=plan.bits,
+        keep_priors=plan.keep_priors,
+        check_writing=plan.check_writing,
+    )
     batch: list[tuple[int, Prepared | Dropped]] = []
     for outcome in prepared(journal.open_studies(), recipe, workers=plan.workers):
         batch.append(outcome)
@@ -255,9 +263,37 @@ def prepared(
         pool.shutdown(cancel_futures=True)
 
 
-def pair_of(outcome: Prepared, key: SiteKey) -> Pair:
-    """Make the stored pair of a prepared study; its split comes from the patient."""
-    split: Split = split_of(outcome.patient, key=key.derive("split"), fractions=DEFAULT_FRACTIONS)
+def curate_journal(journal: Journal, *, progress: Progress) -> Curation:
+    """Compare the prepared studies of a journal with each other."""
+    total = journal.count()
+
+    def studies() -> Iterator[Prepared]:
+        for number, outcome in enumerate(journal.outcomes(), start=1):
+            progress("compare", number, total)
+            if isinstance(outcome, Prepared):
+                yield outcome
+
+    return curate(studies())
+
+
+def decided(
+    journal: Journal, curation: Curation, key: SiteKey
+) -> Iterator[tuple[Prepared | Dropped, Pair | None]]:
+    """Yield each study's final outcome and, where it is kept, its pair with flags in the outcome's facts."""
+    split_key = key.derive("split")
+    for outcome in journal.outcomes():
+        if isinstance(outcome, Prepared) and outcome.study in curation.dropped:
+            yield Dropped(outcome.where, outcome.study, curation.dropped[outcome.study]), None
+        elif isinstance(outcome, Dropped):
+            yield outcome, None
+        else:
+            flags = sorted({*outcome.facts["flags"], *curation.flags[outcome.study]})
+            split = split_of(curation.group[outcome.patient], key=split_key, fractions=DEFAULT_FRACTIONS)
+            yield replace(outcome, facts={**outcome.facts, "flags": flags}), pair_of(outcome, split)
+
+
+def pair_of(outcome: Prepared, split: Split) -> Pair:
+    """Make the stored pair of a prepared study."""
     return Pair(
         patient=outcome.patient,
         study=outcome.study,
@@ -270,53 +306,98 @@ def pair_of(outcome: Prepared, key: SiteKey) -> Pair:
     )
 
 
+@dataclass(slots=True)
+class Counts:
+    """Running counts over decided studies."""
+
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    flags: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    redactions: Counter[str] = field(default_factory=Counter)
+    priors_removed: int = 0
+    patients: set[str] = field(default_factory=set)
+
+    def add(self, outcome: Prepared | Dropped, pair: Pair | None) -> None:
+        """Count one study."""
+        self.read += 1
+        if isinstance(outcome, Dropped) or pair is None:
+            self.dropped[outcome.reason if isinstance(outcome, Dropped) else ""] += 1
+            return
+        self.splits[pair.split] += 1
+        self.patients.add(pair.patient)
+        self.flags.update(outcome.facts["flags"])
+        self.languages[outcome.facts["language"]] += 1
+        self.redactions.update(outcome.facts["redactions"])
+        self.priors_removed += outcome.facts["priors_removed"]
+
+    def summary(self, directory: Path, *, done_before: bool, preview: list[dict[str, Any]]) -> ImportSummary:
+        """Return the exact counts for the site."""
+        return ImportSummary(
+            directory=str(directory),
+            done_before=done_before,
+            read=self.read,
+            kept=sum(self.splits.values()),
+            dropped=dict(sorted(self.dropped.items())),
+            patients=len(self.patients),
+            splits={split: self.splits[split] for split in SPLITS},
+            flags=dict(sorted(self.flags.items())),
+            preview=preview,
+        )
+
+    def card(self) -> dict[str, Any]:
+        """Return bucketed counts for the card."""
+        return {
+            "dropped": _bucketed(self.dropped),
+            "flags": _bucketed(self.flags),
+            "languages": _bucketed(self.languages),
+            "redactions": _bucketed(self.redactions),
+            "priors_removed": bucket(self.priors_removed),
+        }
+
+
 def seal(plan: ImportPlan, journal: Journal, staging: Path, *, mark: str, progress: Progress) -> None:
-    """Write drops, pairs, card and checksums, and give the folder its name."""
-    total = journal.count()
-    dropped, flags = Counter[str](), Counter[str]()
+    """Write drops, facts, pairs, card and checksums, and give the folder its name."""
+    curation = curate_journal(journal, progress=progress)
+    counts = Counts()
     kept_images: set[str] = set()
-    with (staging / "drops.jsonl").open("w") as drops:
-        for number, outcome in enumerate(journal.outcomes(), start=1):
-            progress("seal", number, total)
+    with (staging / "drops.jsonl").open("w") as drops, (staging / "facts.jsonl").open("w") as facts:
+        for outcome, pair in decided(journal, curation, plan.key):
+            counts.add(outcome, pair)
             if isinstance(outcome, Dropped):
-                dropped[outcome.reason] += 1
                 drops.write(json.dumps(asdict(outcome), sort_keys=True) + "\n")
             else:
-                flags.update(outcome.facts.get("flags", []))
+                facts.write(json.dumps({"study": outcome.study, **outcome.facts}, sort_keys=True) + "\n")
                 kept_images.update(outcome.images)
     if not kept_images:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
-        raise DatasetInvalid(f"no study of {total} could be kept: {reasons}")
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts.dropped.most_common())
+        raise DatasetInvalid(f"no study of {counts.read} could be kept: {reasons}")
     _remove_others(staging, kept_images)
     card = {
-        "import": {"format": plan.format, "fingerprint": mark, "max_side": plan.max_side, "bits": plan.bits},
-        "dropped": {reason: bucket(count) for reason, count in sorted(dropped.items())},
-        "flags": {flag: bucket(count) for flag, count in sorted(flags.items())},
+        "import": {**settings_of(plan), "fingerprint": mark},
         "split_fractions": dict(DEFAULT_FRACTIONS),
         "versions": tool_versions(),
+        **counts.card(),
     }
-    pairs = (pair_of(outcome, plan.key) for outcome in journal.outcomes() if isinstance(outcome, Prepared))
+    pairs = (pair for _, pair in decided(journal, curation, plan.key) if pair is not None)
     seal_dataset(staging, plan.directory, pairs, card=card)
 
 
 def summary_of(directory: Path) -> ImportSummary:
     """Read the summary of a finished import back from its folder."""
-    dropped = Counter[str]()
+    counts = Counts()
     with (directory / "drops.jsonl").open() as handle:
         for line in handle:
-            dropped[Reason(json.loads(line)["reason"])] += 1
-    pairs = read_pairs(directory)
-    return ImportSummary(
-        directory=str(directory),
-        done_before=True,
-        read=len(pairs) + sum(dropped.values()),
-        kept=len(pairs),
-        dropped=dict(sorted(dropped.items())),
-        patients=len({pair.patient for pair in pairs}),
-        splits={split: sum(pair.split == split for pair in pairs) for split in SPLITS},
-        flags={},
-        preview=[],
-    )
+            counts.add(Dropped(**{**json.loads(line), "reason": Reason(json.loads(line)["reason"])}), None)
+    with (directory / "facts.jsonl").open() as handle:
+        for line in handle:
+            counts.flags.update(json.loads(line)["flags"])
+    for pair in iter_pairs(directory):
+        counts.read += 1
+        counts.splits[pair.split] += 1
+        counts.patients.add(pair.patient)
+    return counts.summary(directory, done_before=True, preview=[])
 
 
 def tool_versions() -> dict[str, str]:
@@ -324,12 +405,16 @@ def tool_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("fedrad", "numpy", "pillow"):
+    for name in ("fedrad", "numpy", "pillow", "pydicom", "pylibjpeg", "rapidfuzz"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    return found
+    return {**found, "tesseract": tesseract_version()}
+
+
+def _bucketed(counts: Mapping[str, int]) -> dict[str, str]:
+    return {name: bucket(count) for name, count in sorted(counts.items()) if count}
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

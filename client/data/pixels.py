@@ -82,3 +82,28 @@ def encode_png(pixels: Gray, *, bits: int) -> bytes:
     data = pixels if bits == 16 else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     Image.fromarray(data).save(buffer, "PNG", compress_level=4)
     return buffer.getvalue()
+
+
+def crop_border(pixels: Gray, *, limit: float = 0.3) -> Gray:
+    """Cut even borders (collimation, air, frames): rows and columns whose spread is under 3 % of the range.
+
+    At most `limit` of a side goes from each edge, and never so much that a side falls under `MIN_SIDE`.
+    """
+    step = max(1, max(pixels.shape) // 512)
+    small = pixels[::step, ::step].astype(np.int32)
+    spread = 0.03 * 65535
+    rows = np.percentile(small, 98, axis=1) - np.percentile(small, 2, axis=1) < spread
+    columns = np.percentile(small, 98, axis=0) - np.percentile(small, 2, axis=0) < spread
+    top, bottom = _even_ends(rows, limit)
+    left, right = _even_ends(columns, limit)
+    cropped = pixels[
+        top * step : pixels.shape[0] - bottom * step, left * step : pixels.shape[1] - right * step
+    ]
+    return cropped if min(cropped.shape) >= MIN_SIDE else pixels
+
+
+def _even_ends(even: npt.NDArray[np.bool_], limit: float) -> tuple[int, int]:
+    most = int(len(even) * limit)
+    start = int(np.argmin(even)) if not even.all() else 0
+    end = int(np.argmin(even[::-1])) if not even.all() else 0
+    return min(start, most), min(end, most)

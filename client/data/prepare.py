@@ -1,32 +1,35 @@
 """From one source study to one pair or one reason: images chosen, decoded and stored, text cleaned.
 
 Guarantees: depends on the study, the recipe and the site key only, so it may run in any process, in any
-order and again after a crash with the same bytes. It does not compare studies with each other
+order and again after a crash with the same bytes; text is de-identified before anything else looks at it,
+and an image with writing on it is never stored. It does not compare studies with each other
 (`duplicates.py` does) and does not choose splits.
 """
 
 from __future__ import annotations
 
 import hashlib
-import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.data.deidentify import Known, left_over, scrub
+from client.data.reports import flags_of, language_of, one_line, remove_priors, split_sections
 from client.data.sitekey import SiteKey, patient_pseudonym, study_pseudonym
 from client.data.sources.paths import resolve_inside
 from client.data.store import MAX_IMAGES, MAX_TEXT_CHARS, store_image
 from client.data.study import Dropped, Prepared, Reason, SourceImage, SourceStudy
 from common.errors import StudyRejected
 
-_VIEWS = {
-    "pa": "pa",
-    "ap": "ap",
-    "frontal": "frontal",
-    "ap axial": "ap",
+SECTIONS = ("indication", "findings", "impression")
+_ORDER = {"pa": 0, "ap": 1, "frontal": 2, "": 3}
+_SYNONYMS = {
     "antero-posterior": "ap",
     "postero-anterior": "pa",
-    "": "",
+    "ap axial": "ap",
+    "ap supine": "ap",
+    "ap erect": "ap",
 }
 
 
@@ -39,6 +42,8 @@ class Recipe:
     key: SiteKey
     max_side: int = 512
     bits: int = 8
+    keep_priors: bool = False
+    check_writing: bool = True
 
 
 def prepare_study(source: SourceStudy, recipe: Recipe) -> Prepared | Dropped:
@@ -47,8 +52,10 @@ def prepare_study(source: SourceStudy, recipe: Recipe) -> Prepared | Dropped:
     try:
         if source.reason:
             raise StudyRejected(source.reason)
-        sections, facts = _report(source)
-        images, view, image_facts = _images(source, study, recipe)
+        if sum(map(len, source.text.values())) > MAX_TEXT_CHARS:
+            raise StudyRejected(Reason.REPORT_TOO_LONG)
+        images, view, known, image_facts = _images(source, study, recipe)
+        sections, facts = clean_report(source.text, known, keep_priors=recipe.keep_priors)
     except StudyRejected as error:
         return Dropped(where=source.where, study=study, reason=Reason(error.reason))
     return Prepared(
@@ -64,56 +71,105 @@ def prepare_study(source: SourceStudy, recipe: Recipe) -> Prepared | Dropped:
     )
 
 
-def normal_view(view: str) -> str | None:
-    """Return pa, ap, frontal or '' (unknown) for a frontal view, None for any other."""
-    return _VIEWS.get(view.strip().lower().replace("_", " "))
+def clean_report(
+    text: dict[str, str], known: tuple[Known, ...], *, keep_priors: bool
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return de-identified sections without references to priors, and facts about them.
 
-
-def clean_text(text: str) -> str:
-    """Normalise to NFC on one line without control characters."""
-    kept = "".join(" " if unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp") else char for char in text)
-    return " ".join(unicodedata.normalize("NFC", kept).split())
-
-
-def _report(source: SourceStudy) -> tuple[dict[str, str], dict[str, Any]]:
-    if sum(map(len, source.text.values())) > MAX_TEXT_CHARS:
-        raise StudyRejected(Reason.REPORT_TOO_LONG)
-    sections = {
-        name: clean_text(source.text.get(name, "")) for name in ("indication", "findings", "impression")
-    }
+    Raises StudyRejected: NO_REPORT, NO_FINDINGS, or IDENTIFIER_LEFT when a known identifier remains.
+    """
+    redactions: Counter[str] = Counter()
+    parts: dict[str, str] = {}
+    for name, part in text.items():
+        scrubbed = scrub(part, known)
+        redactions.update(scrubbed.replaced)
+        parts[name] = scrubbed.text
+    if "report" in parts:
+        parts = {
+            **split_sections(parts["report"]).sections,
+            **{k: v for k, v in parts.items() if k != "report"},
+        }
+    sections = {name: one_line(parts.get(name, "")) for name in SECTIONS}
     if not any(sections.values()):
         raise StudyRejected(Reason.NO_REPORT)
+    removed = 0
+    if not keep_priors:
+        for name in ("findings", "impression"):
+            sections[name], count = remove_priors(sections[name])
+            removed += count
     if not any(char.isalpha() for char in sections["findings"]):
         raise StudyRejected(Reason.NO_FINDINGS)
-    return sections, {"words": len(sections["findings"].split())}
+    if left_over(" ".join(sections.values()), known):
+        raise StudyRejected(Reason.IDENTIFIER_LEFT)
+    facts = {
+        "words": len(sections["findings"].split()),
+        "language": language_of(sections["findings"]),
+        "priors_removed": removed,
+        "redactions": dict(sorted(redactions.items())),
+        "flags": list(flags_of(sections)),
+    }
+    return sections, facts
 
 
-def _images(source: SourceStudy, study: str, recipe: Recipe) -> tuple[tuple[str, ...], str, dict[str, Any]]:
-    from client.data.pixels import decode_raster, encode_png, fit_within, verify_not_blank
-
-    if not source.images:
-        raise StudyRejected(Reason.NO_IMAGE)
-    chosen, view = frontal_images(source.images)
-    names: list[str] = []
-    digests: list[str] = []
-    for number, image in enumerate(chosen[:MAX_IMAGES]):
-        pixels = decode_raster(resolve_inside(recipe.source, image.path))
-        verify_not_blank(pixels)
-        content = encode_png(fit_within(pixels, max_side=recipe.max_side), bits=recipe.bits)
-        names.append(f"images/{study[1:3]}/{study}-{number}.png")
-        digests.append(hashlib.sha256(content).hexdigest())
-        if recipe.staging is not None:
-            store_image(recipe.staging, names[-1], content)
-    return tuple(names), view, {"sha256": digests}
+def normal_view(view: str) -> str | None:
+    """Return pa, ap, frontal or '' (unknown) for a frontal view, None for any other."""
+    plain = " ".join(view.strip().lower().replace("_", " ").split())
+    plain = _SYNONYMS.get(plain, plain)
+    return plain if plain in _ORDER else None
 
 
 def frontal_images(images: tuple[SourceImage, ...]) -> tuple[tuple[SourceImage, ...], str]:
     """Choose the frontal images of a study, PA before AP before unstated; raises StudyRejected for none."""
-    order = {"pa": 0, "ap": 1, "frontal": 2, "": 3}
+    if not images:
+        raise StudyRejected(Reason.NO_IMAGE)
     frontal = [
-        (order[view], image, view) for image in images if (view := normal_view(image.view)) is not None
+        (_ORDER[view], image, view) for image in images if (view := normal_view(image.view)) is not None
     ]
     if not frontal:
         raise StudyRejected(Reason.LATERAL_VIEW)
     frontal.sort(key=lambda entry: entry[0])
     return tuple(image for _, image, _ in frontal), frontal[0][2] or "frontal"
+
+
+def _images(
+    source: SourceStudy, study: str, recipe: Recipe
+) -> tuple[tuple[str, ...], str, tuple[Known, ...], dict[str, Any]]:
+    from client.data.burned_in import has_burned_in_text
+    from client.data.dicom import (
+        decode_dicom,
+        is_dicom,
+        known_identifiers,
+        read_dicom,
+        verify_chest_radiograph,
+    )
+    from client.data.duplicates import thumbnail
+    from client.data.pixels import crop_border, decode_raster, encode_png, fit_within, verify_not_blank
+
+    known: list[Known] = [("id", source.patient), ("id", source.study), *source.known]
+    chosen, view = frontal_images(source.images)
+    names: list[str] = []
+    digests: list[str] = []
+    thumbnails: list[str] = []
+    for image in chosen[:MAX_IMAGES]:
+        path = resolve_inside(recipe.source, image.path)
+        if is_dicom(path):
+            dataset = read_dicom(path, pixels=True)
+            verify_chest_radiograph(dataset)
+            known.extend(known_identifiers(dataset))
+            pixels = decode_dicom(dataset)
+        else:
+            pixels = decode_raster(path)
+        verify_not_blank(pixels)
+        if recipe.check_writing and has_burned_in_text(pixels):
+            raise StudyRejected(Reason.BURNED_IN_TEXT)
+        pixels = fit_within(crop_border(pixels), max_side=recipe.max_side)
+        content = encode_png(pixels, bits=recipe.bits)
+        digest = hashlib.sha256(content).hexdigest()
+        if digest in digests:
+            continue
+        names.append(f"images/{study[1:3]}/{study}-{len(names)}.png")
+        digests.append(digest)
+        thumbnails.append(thumbnail(pixels))
+        if recipe.staging is not None:
+            store_image(recipe.staging, names[-1], content)
+    return tuple(names), view, tuple(dict.fromkeys(known)), {"sha256": digests, "thumbnails": thumbnails}

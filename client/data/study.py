@@ -34,6 +34,7 @@ class Reason(StrEnum):
     IMAGE_BLANK = "image-blank"
     IMAGE_CRASHED = "image-crashed-decoder"
     DUPLICATE_IMAGE = "duplicate-image"
+    IMAGE_CONFLICT = "image-of-two-patients"
     BURNED_IN_TEXT = "quarantine-burned-in-text"
     IDENTIFIER_LEFT = "quarantine-identifier-left"
 

@@ -107,9 +107,11 @@ def read_rows(
         raise SourceInvalid(f"{table}: {error}") from error
 
 
-def read_table(folder: Path, *, mapping: Mapping[str, str] | None = None) -> Iterator[SourceStudy]:
-    """Yield one study per row of the table in `folder`."""
-    table = find_table(folder)
+def read_table(
+    folder: Path, *, table: Path | None = None, mapping: Mapping[str, str] | None = None
+) -> Iterator[SourceStudy]:
+    """Yield one study per row of a table; image paths are relative to `folder`."""
+    table = table or find_table(folder)
     for where, row in read_rows(table, required=("patient", "study", "image"), mapping=mapping):
         images = tuple(
             SourceImage(path=path.strip(), view=row.get("view", ""))

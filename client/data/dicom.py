@@ -1,0 +1,273 @@
+"""One DICOM file: what its header says and what its pixels show.
+
+Guarantees: declared and coded dimensions are checked before pixels are decompressed; modality, VOI and
+presentation LUTs and MONOCHROME1 are applied once, so that air is dark; rows run to the patient's left and
+columns to the feet where the header states the orientation. It opens no socket and reads no other file.
+It does not de-identify (`dicom_header.py` does).
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client.data.pixels import MAX_FILE_BYTES, Gray, verify_dimensions
+from client.data.study import Reason
+from common.errors import StudyRejected
+
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_MODALITIES = ("CR", "DX", "RG", "DR")
+_CHEST = ("chest", "thorax", "torax", "tórax", "lung", "胸")
+_FRONTAL_WORDS = {"PA": "pa", "AP": "ap"}
+_LATERAL_WORDS = ("LAT", "LATERAL", "LL", "RL", "LLD", "RLD", "OBL", "OBLIQUE", "PROFIL", "侧位")
+# Who and where: elements whose value is a known identifier of this patient or of the staff.
+IDENTIFYING = (
+    ("name", "PatientName"),
+    ("name", "OtherPatientNames"),
+    ("name", "PatientBirthName"),
+    ("name", "PatientMotherBirthName"),
+    ("name", "ResponsiblePerson"),
+    ("id", "PatientID"),
+    ("id", "OtherPatientIDs"),
+    ("id", "AccessionNumber"),
+    ("id", "StudyID"),
+    ("id", "IssuerOfPatientID"),
+    ("date", "PatientBirthDate"),
+    ("date", "StudyDate"),
+    ("name", "ReferringPhysicianName"),
+    ("name", "PerformingPhysicianName"),
+    ("name", "OperatorsName"),
+    ("name", "RequestingPhysician"),
+    ("name", "NameOfPhysiciansReadingStudy"),
+    ("name", "PhysiciansOfRecord"),
+    ("place", "InstitutionName"),
+    ("place", "InstitutionAddress"),
+    ("place", "PatientAddress"),
+    ("id", "PatientTelephoneNumbers"),
+    ("id", "StationName"),
+)
+
+
+def read_dicom(path: Path, *, pixels: bool) -> Any:
+    """Read a DICOM file; raises StudyRejected when it is no DICOM, damaged, deflated or too large."""
+    import pydicom
+    from pydicom.errors import InvalidDicomError
+
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise StudyRejected(Reason.IMAGE_TOO_LARGE)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _refuse_deflated(path)
+            return pydicom.dcmread(path, stop_before_pixels=not pixels)
+    except StudyRejected:
+        raise
+    except (InvalidDicomError, OSError, EOFError, ValueError, KeyError, NotImplementedError) as error:
+        raise StudyRejected(Reason.IMAGE_UNREADABLE) from error
+    except (AttributeError, TypeError, IndexError, struct.error, RecursionError, MemoryError) as error:
+        raise StudyRejected(Reason.IMAGE_UNREADABLE) from error
+
+
+def is_dicom(path: Path) -> bool:
+    """Tell whether a file has the DICOM preamble."""
+    with path.open("rb") as handle:
+        return handle.read(132)[128:] == b"DICM"
+
+
+def view_of(dataset: Any) -> str:
+    """Return pa, ap, lateral or '' from ViewPosition, view code, orientation or description."""
+    position = text_of(dataset, "ViewPosition").upper()
+    if position in _FRONTAL_WORDS:
+        return _FRONTAL_WORDS[position]
+    words = set(
+        " ".join(
+            [
+                position,
+                *(
+                    text_of(dataset, name).upper()
+                    for name in ("SeriesDescription", "AcquisitionDeviceProcessingDescription")
+                ),
+            ]
+        )
+        .replace("_", " ")
+        .replace("/", " ")
+        .split()
+    )
+    for item in dataset.get("ViewCodeSequence") or ():
+        words.update(text_of(item, "CodeMeaning").upper().split())
+    if words & set(_LATERAL_WORDS) or any("侧" in word for word in words):
+        return "lateral"
+    orientation = [part for part in text_of(dataset, "PatientOrientation").upper().split("\\") if part]
+    if orientation and orientation[0][:1] in ("A", "P"):
+        return "lateral"
+    return next((view for word, view in _FRONTAL_WORDS.items() if word in words), "")
+
+
+def verify_chest_radiograph(dataset: Any) -> None:
+    """Raise StudyRejected unless the header describes a plain chest radiograph meant for reading."""
+    if text_of(dataset, "Modality").upper() not in _MODALITIES:
+        raise StudyRejected(Reason.NOT_CHEST)
+    described = " ".join(
+        text_of(dataset, name)
+        for name in ("BodyPartExamined", "StudyDescription", "SeriesDescription", "ProtocolName")
+    ).lower()
+    part = text_of(dataset, "BodyPartExamined").lower()
+    if part and not any(word in described for word in _CHEST):
+        raise StudyRejected(Reason.NOT_CHEST)
+    if text_of(dataset, "PresentationIntentType").upper() == "FOR PROCESSING":
+        raise StudyRejected(Reason.NOT_ORIGINAL)
+    if "LOCALIZER" in text_of(dataset, "ImageType").upper():
+        raise StudyRejected(Reason.NOT_ORIGINAL)
+    if text_of(dataset, "BurnedInAnnotation").upper() == "YES":
+        raise StudyRejected(Reason.BURNED_IN_TEXT)
+
+
+def decode_dicom(dataset: Any) -> Gray:
+    """Decode to a 2-D uint16 array over the full range, air dark, upright; raises StudyRejected."""
+    from pydicom.pixels import pixel_array
+    from pydicom.pixels.processing import apply_modality_lut, apply_presentation_lut, apply_voi_lut
+
+    _verify_pixel_module(dataset)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stored = pixel_array(dataset, index=0)
+            if stored.shape != (int(dataset.Rows), int(dataset.Columns)):
+                raise StudyRejected(Reason.IMAGE_UNREADABLE)
+            values = apply_modality_lut(stored, dataset)
+            padding = _padding(dataset, stored)
+            has_voi = "VOILUTSequence" in dataset or dataset.get("WindowCenter") is not None
+            values = apply_voi_lut(values, dataset, prefer_lut=True)
+            inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+            if "PresentationLUTSequence" in dataset:
+                values = apply_presentation_lut(values, dataset)
+            elif text_of(dataset, "PresentationLUTShape").upper() == "INVERSE":
+                inverted = True
+    except StudyRejected:
+        raise
+    except MemoryError as error:
+        raise StudyRejected(Reason.IMAGE_TOO_LARGE) from error
+    except Exception as error:  # decoders of four libraries raise what they like; any failure is one reason
+        raise StudyRejected(Reason.IMAGE_UNREADABLE) from error
+    scaled = _to_full_range(values.astype(np.float64), padding=padding, clip=not has_voi)
+    if inverted:
+        scaled = np.where(padding, 0, 65535 - scaled) if padding is not None else 65535 - scaled
+    return _upright(scaled.astype(np.uint16), text_of(dataset, "PatientOrientation"))
+
+
+def known_identifiers(dataset: Any) -> tuple[tuple[str, str], ...]:
+    """Return (kind, value) of every identifier that the header gives for patient, staff and place."""
+    found: list[tuple[str, str]] = []
+    for kind, keyword in IDENTIFYING:
+        value = dataset.get(keyword)
+        if value is None or value == "":
+            continue
+        values = (
+            value if isinstance(value, (list, tuple)) or type(value).__name__ == "MultiValue" else [value]
+        )
+        found.extend((kind, str(entry).strip()) for entry in values if str(entry).strip())
+    return tuple(dict.fromkeys(found))
+
+
+def text_of(dataset: Any, keyword: str) -> str:
+    """Return an element as stripped text, multiple values joined by a backslash; '' when absent."""
+    value = dataset.get(keyword)
+    if value is None:
+        return ""
+    if type(value).__name__ == "MultiValue":
+        return "\\".join(str(entry) for entry in value)
+    return str(value).strip()
+
+
+def coded_dimensions(frame: bytes) -> tuple[int, int] | None:
+    """Read (width, height) from a JPEG, JPEG-LS or JPEG 2000 codestream; None when it has no such header."""
+    if frame[:4] == b"\xff\x4f\xff\x51" and len(frame) >= 24:
+        x1, y1, x0, y0 = struct.unpack(">4I", frame[8:24])
+        return x1 - x0, y1 - y0
+    if frame[:2] == b"\xff\xd8":
+        at = 2
+        while at + 9 <= len(frame) and frame[at] == 0xFF:
+            marker = frame[at + 1]
+            if marker == 0xFF or 0xD0 <= marker <= 0xD7 or marker == 0x01:
+                at += 1 if marker == 0xFF else 2
+                continue
+            if marker in (
+                0xF7,
+                *range(0xC0, 0xC4),
+                *range(0xC5, 0xC8),
+                *range(0xC9, 0xCC),
+                *range(0xCD, 0xD0),
+            ):
+                height, width = struct.unpack(">HH", frame[at + 5 : at + 9])
+                return width, height
+            at += 2 + struct.unpack(">H", frame[at + 2 : at + 4])[0]
+    return None
+
+
+def _refuse_deflated(path: Path) -> None:
+    from pydicom.filereader import read_file_meta_info
+
+    if is_dicom(path) and read_file_meta_info(path).get("TransferSyntaxUID") == _DEFLATED:
+        raise StudyRejected(Reason.IMAGE_UNREADABLE)
+
+
+def _verify_pixel_module(dataset: Any) -> None:
+    """Check what the header declares, and what the codestream declares, against the limits."""
+    from pydicom.encaps import generate_frames
+
+    try:
+        width, height = int(dataset.Columns), int(dataset.Rows)
+        frames = int(dataset.get("NumberOfFrames") or 1)
+        samples = int(dataset.get("SamplesPerPixel") or 1)
+        photometric = str(dataset.PhotometricInterpretation)
+        data = dataset.PixelData
+        compressed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
+    except (AttributeError, ValueError, TypeError) as error:
+        raise StudyRejected(Reason.IMAGE_UNREADABLE) from error
+    verify_dimensions(width, height)
+    if frames != 1 or samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise StudyRejected(Reason.NOT_ORIGINAL)
+    if compressed:
+        try:
+            coded = coded_dimensions(next(generate_frames(data, number_of_frames=1)))
+        except (ValueError, StopIteration, struct.error) as error:
+            raise StudyRejected(Reason.IMAGE_UNREADABLE) from error
+        if coded is not None and coded != (width, height):
+            raise StudyRejected(Reason.IMAGE_UNREADABLE)
+
+
+def _padding(dataset: Any, stored: Any) -> Any:
+    value = dataset.get("PixelPaddingValue")
+    if not isinstance(value, int):
+        return None
+    limit = dataset.get("PixelPaddingRangeLimit")
+    low, high = sorted((value, limit if isinstance(limit, int) else value))
+    mask = (stored >= low) & (stored <= high)
+    return mask if mask.any() and not mask.all() else None
+
+
+def _to_full_range(values: Any, *, padding: Any, clip: bool) -> Any:
+    seen = values if padding is None else values[~padding]
+    low, high = np.percentile(seen[::1], (0.1, 99.9)) if clip else (seen.min(), seen.max())
+    if high <= low:
+        raise StudyRejected(Reason.IMAGE_BLANK)
+    scaled = np.rint(np.clip((values - low) / (high - low), 0, 1) * 65535)
+    return scaled if padding is None else np.where(padding, 0, scaled)
+
+
+def _upright(pixels: Gray, orientation: str) -> Gray:
+    """Turn so that rows run to the patient's left and columns to the feet; unchanged when unstated."""
+    parts = [part.strip().upper()[:1] for part in orientation.split("\\")]
+    if len(parts) != 2 or not set(parts) <= {"L", "R", "F", "H"}:
+        return pixels
+    if parts[0] in "FH" and parts[1] in "LR":
+        pixels, parts = pixels.T, parts[::-1]
+    if parts[0] == "R":
+        pixels = pixels[:, ::-1]
+    if parts[1] == "H":
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,243 @@
+"""Report text: sections by their headings, references to earlier studies removed, doubtful text flagged.
+
+Guarantees: works by rules only, in English, Spanish and Chinese; what is removed is counted and the rules
+have a version; a sentence is kept unless a rule names it. It does not understand the report: a section
+without a heading and a reference in unusual words stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+PRIORS_VERSION = "1"
+SECTIONS = ("indication", "findings", "impression")
+
+_HEADINGS: Mapping[str, tuple[str, ...]] = {
+    "indication": (
+        "indication", "indications", "clinical indication", "clinical history", "clinical information",
+        "history", "reason for exam", "reason for examination", "reason for study", "indicación",
+        "indicacion", "motivo de consulta", "datos clínicos", "datos clinicos", "información clínica",
+        "临床诊断", "临床病史", "检查目的", "病史", "主诉", "临床资料",
+    ),
+    "findings": (
+        "findings", "finding", "report", "description", "hallazgos", "descripción", "descripcion", "informe",
+        "检查所见", "影像所见", "影像表现", "放射学表现", "所见", "表现", "x线表现",
+    ),
+    "impression": (
+        "impression", "impressions", "conclusion", "conclusions", "opinion", "summary", "assessment",
+        "impresión", "impresion", "conclusión", "conclusion", "conclusiones", "impresión diagnóstica",
+        "juicio diagnóstico",
+        "诊断意见", "影像诊断", "诊断印象", "放射学诊断", "印象", "诊断", "结论", "意见",
+    ),
+    "comparison": (
+        "comparison", "comparisons", "comparison studies", "compared to", "prior studies", "comparación",
+        "comparacion", "estudios previos", "对比", "比较", "前片",
+    ),
+    "technique": (
+        "technique", "procedure", "exam", "examination", "study", "views", "técnica", "tecnica",
+        "exploración",
+        "检查方法", "检查技术", "检查名称", "检查部位",
+    ),
+    "other": (
+        "signed", "electronically signed by", "recommendation", "recommendations", "addendum", "attestation",
+        "dictated by", "recomendación", "firmado", "报告医师", "审核医师", "报告日期", "建议",
+    ),
+}  # fmt: skip
+_PRIOR_WORDS = (
+    r"(?:prior|previous(?:ly)?|earlier|preceding|comparison|compared|compare|last|recent)\b.{0,60}?\b"
+    r"(?:study|studies|exam\w*|radiograph\w*|film\w*|x-?rays?|image\w*|ct|scan\w*|chest|report)"
+    r"|(?:compared|comparison|relative) (?:to|with|is made)|in (?:the )?interval"
+    r"|since (?:the )?(?:prior|previous|last|___)"
+    r"|as compared"
+    r"|estudios? (?:previos?|anterior(?:es)?)|radiograf[ií]as? (?:previas?|anterior(?:es)?)"
+    r"|comparad[oa]s? con"
+    r"|respecto (?:a|al) (?:estudio |control )?(?:previo|anterior)"
+    r"|(?:与|较|对比|比较).{0,12}?(?:前片|前次|旧片|既往|上次|原片|___)|前片|旧片"
+)
+# Words that only make sense against an earlier study; dropping them keeps the finding.
+_CHANGE_WORDS = (
+    r"(?:interval(?:ly)?|new(?:ly)?|unchanged|stable|persistent(?:ly)?|residual|again|worsen(?:ed|ing)|"
+    r"improv(?:ed|ing)|increas(?:ed|ing)|decreas(?:ed|ing)|resolv(?:ed|ing)|progressi(?:on|ve)|similar)"
+)
+_TEMPLATE = re.compile(
+    r"\b(?:normal|clear|unremarkable|no acute|within normal limits|intact)\b"
+    r"|未见异常|未见明显|sin alteraciones",
+    re.I,
+)
+_MACHINE = re.compile(
+    r"as an ai\b|language model|i cannot (?:provide|interpret)|here is (?:the|a) (?:report|summary)|\*\*[A-Z]"
+    r"|^#{1,3} |please consult (?:a|your)|\bcertainly[!,]",
+    re.I | re.M,
+)
+_ABNORMAL = (
+    "effusion", "pneumothorax", "consolidation", "edema", "cardiomegaly", "atelectasis", "nodule", "fracture",
+    "pneumonia", "opacity", "derrame", "neumotórax", "cardiomegalia", "胸腔积液", "气胸", "心影增大",
+)  # fmt: skip
+_NEGATION = re.compile(
+    r"\b(?:no|not|without|negative for|free of|absence of|resolved|rather than|sin|ni|niega)\b"
+    r"|未见|无|没有|否认",
+    re.I,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A report in sections, and whether any heading was found."""
+
+    sections: dict[str, str]
+    had_headings: bool
+
+
+def split_sections(text: str) -> Report:
+    """Cut free report text at its headings; text before or without headings counts as findings."""
+    pattern = re.compile(_heading_pattern(), re.I | re.M)
+    sections: dict[str, list[str]] = {}
+    current, position, found = "findings", 0, False
+    for match in pattern.finditer(text):
+        sections.setdefault(current if found else "findings", []).append(text[position : match.start()])
+        current = section_of(match.group("heading"))
+        position, found = match.end(), True
+    sections.setdefault(current, []).append(text[position:])
+    return Report({name: one_line(" ".join(parts)) for name, parts in sections.items()}, found)
+
+
+def section_of(heading: str) -> str:
+    """Return the section that a heading starts."""
+    plain = " ".join(heading.lower().split())
+    return next((name for name, headings in _HEADINGS.items() if plain in headings), "other")
+
+
+def remove_priors(text: str) -> tuple[str, int]:
+    """Remove what refers to earlier studies: whole sentences that only compare, phrases in others.
+
+    Returns the text and the number of removals. Source of the idea: CXR-PRO (Ramesh et al. 2022).
+    """
+    removed = 0
+    kept = []
+    for sentence in sentences(text):
+        shorter, count = _without_priors(sentence)
+        removed += count
+        if any(char.isalpha() for char in shorter.replace("___", "")):
+            kept.append(shorter)
+    return " ".join(kept), removed
+
+
+def sentences(text: str) -> list[str]:
+    """Split text into sentences, keeping their stops."""
+    parts = re.split(r"(?<=[.;!?])\s+(?=[A-ZÀ-Þ0-9_\"'(¿])|(?<=[。；！？])\s*", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def flags_of(sections: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the flags of a report, sorted: what a reader should look at before trusting the pair."""
+    findings, impression = sections.get("findings", ""), sections.get("impression", "")
+    flags = set()
+    parts = sentences(findings)
+    if parts and all(_TEMPLATE.search(part) or _NEGATION.search(part) for part in parts):
+        flags.add("template-normal")
+    if _MACHINE.search(findings) or _MACHINE.search(impression):
+        flags.add("machine-text")
+    if len(set(parts)) < len(parts):
+        flags.add("repeated-sentence")
+    if contradictions(findings, impression):
+        flags.add("sections-disagree")
+    if len(findings.split()) < 5 and language_of(findings) != "zh":
+        flags.add("very-short")
+    if findings.count("___") * 8 > max(1, len(findings.split())):
+        flags.add("much-redacted")
+    return tuple(sorted(flags))
+
+
+def contradictions(findings: str, impression: str) -> tuple[str, ...]:
+    """Return the finding words that one section affirms and the other denies throughout."""
+    first, second = _mentions(findings), _mentions(impression)
+    return tuple(
+        word for word in _ABNORMAL if word in first and word in second and first[word] != second[word]
+    )
+
+
+def language_of(text: str) -> str:
+    """Guess zh, es or en from script and common words; 'en' when unsure, '' without letters."""
+    letters = [char for char in text if char.isalpha()]
+    if not letters:
+        return ""
+    if sum("CJK" in unicodedata.name(char, "") for char in letters[:400]) * 4 > len(letters[:400]):
+        return "zh"
+    words = re.findall(r"[a-záéíóúñ]+", text.lower())
+    spanish = sum(
+        word in {"de", "la", "el", "los", "las", "sin", "se", "con", "en", "del", "no"} for word in words
+    )
+    english = sum(
+        word in {"the", "is", "are", "of", "no", "and", "with", "there", "in", "or"} for word in words
+    )
+    return "es" if spanish > english else "en"
+
+
+def one_line(text: str) -> str:
+    """Normalise to NFC on one line without control characters, stripped of stray colons and dashes."""
+    kept = "".join(" " if unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp") else char for char in text)
+    return " ".join(unicodedata.normalize("NFC", kept).split()).strip(" :-")
+
+
+def _heading_pattern() -> str:
+    latin: list[str] = []
+    han: list[str] = []
+    for headings in _HEADINGS.values():
+        for heading in headings:
+            (han if ord(heading[-1]) > 0x2E7F else latin).append(re.escape(heading).replace(r"\ ", r"\s+"))
+    order = sorted(set(latin), key=lambda entry: (-len(entry), entry))
+    hans = sorted(set(han), key=lambda entry: (-len(entry), entry))
+    return (
+        rf"(?:^|(?<=[.\n;)])\s*|(?<=___)\s*)\W{{0,4}}(?P<heading>(?:{'|'.join(order)})(?=\s*:)|(?:{'|'.join(order)})(?=\s*$)"
+        rf"|(?:{'|'.join(hans)})(?=\s*[:：\n]))\s*[:：]?"
+    )
+
+
+def _without_priors(sentence: str) -> tuple[str, int]:
+    if not re.search(_PRIOR_WORDS, sentence, re.I):
+        if re.match(
+            r"\s*(?:no (?:significant |interval )*change\b|unchanged\b|stable exam|sin cambios)",
+            sentence,
+            re.I,
+        ):
+            return "", 1
+        return _drop_change(sentence)
+    # "X, unchanged compared to the prior study" keeps X: cut from the comparing phrase to the stop.
+    clause = re.compile(
+        rf"[,(]?\s*(?:\b(?:and|but|which|is|are|has|have|been|likely|significantly|slightly|mildly|not)\s+)*"
+        rf"(?:{_CHANGE_WORDS}\s+)?(?:\b(?:from|as|when|to|than|with|since|in|on)\s+)*(?:the\s+)?(?:{_PRIOR_WORDS})[^,，;.。；]*\)?",
+        re.I,
+    )
+    rest, count = clause.subn("", sentence)
+    rest = re.sub(r"^\s*[,，]\s*", "", rest).strip()
+    if len(re.findall(r"[^\W\d_]{3,}", rest)) < 2 and len(rest) < 12:
+        return "", 1
+    rest, more = _drop_change(rest[:1].upper() + rest[1:])
+    return rest, count + more
+
+
+def _drop_change(sentence: str) -> tuple[str, int]:
+    """Drop words of change; a sentence that says nothing but 'unchanged' goes as a whole."""
+    if re.search(r"\b(?:is|are|remains?|appears?|overall)?\s*(?:unchanged|stable)\s*[.;]?$", sentence, re.I):
+        return "", 1
+    shorter, count = re.subn(
+        r"\b(?:interval|again|newly|unchanged|stable)\s+(?=[a-zà-ÿ])", "", sentence, flags=re.I
+    )
+    shorter, more = re.subn(
+        r"[，,]?较前(?:片)?(?:明显|稍|略)?(?:增多|减少|吸收|好转|进展|相仿|增大|缩小)", "", shorter
+    )
+    return (shorter[:1].upper() + shorter[1:], count + more) if count + more else (sentence, 0)
+
+
+def _mentions(text: str) -> dict[str, bool]:
+    """Map each finding word of a text to whether some sentence affirms it."""
+    found: dict[str, bool] = {}
+    for sentence in sentences(text.lower()):
+        for word in _ABNORMAL:
+            at = sentence.find(word)
+            if at >= 0:
+                found[word] = found.get(word, False) or not _NEGATION.search(sentence[:at])
+    return found
