@@ -1,36 +1,38 @@
-"""The site agent: the only holder of a hospital's data, keys, base model, state and policy.
+"""The site agent: the only holder of a hospital's data, keys, base model, budget and policy.
 
 It answers signed requests of the server with signed replies, one method per protocol stage. Before it reads
 a pair it checks the operator's signature and this site's approval of the study, the request's signature and
-place, cohort, deadline, turn, history and adapter; whatever fails ends in a named, signed refusal.
-Guarantees: for one round, attempt and stage it serves one request only, durably (client/state.py). It does
-not trust the process that relays the bytes, nor Flower.
+place, cohort, deadline, turn, history, adapter and keys, and charges its budget; whatever fails ends in a
+named, signed refusal. Guarantees: for one round, attempt and stage it serves one request only, durably
+(client/state.py, client/budget.py, client/masking.py). It does not trust the process that relays the bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from client import policy
+from client.budget import Budget, BudgetLimits
+from client.contribution import local_update, noised_sum, plain_sum, round_randomness
 from client.data.store import read_pairs
 from client.home import SiteHome, read_approved_study, verify_data
+from client.masking import MaskedRounds
 from client.models import ModelPool
 from client.state import SiteState
-from client.training import Draw, TrainingData, gradient_sum, prepare_training
-from common.canonical import sha256_hex
+from client.training import TrainingData, prepare_training
 from common.config import Mode, Study
-from common.errors import EnvelopeMalformed, FedRadError, StudyNotApproved, WrongStage
+from common.errors import DataInsufficient, EnvelopeMalformed, FedRadError, StudyNotApproved, WrongStage
 from common.identity import SigningKey
 from common.model.lora import Vector, vector_size, vector_to_bytes
-from common.privacy.sampling import Csprng, poisson_sample, studies_of
+from common.privacy.sampling import Csprng
+from common.privacy.study_plan import plan_of, verify_plan
 from common.protocol import (
     SERVER,
     VERSION,
@@ -44,7 +46,19 @@ from common.protocol import (
     unpack_body,
 )
 from common.records import SignedRecord, signed_from_json
-from common.schedule import active_groups
+from common.secagg.messages import (
+    format_keys,
+    format_reveal,
+    format_shares,
+    format_upload,
+    parse_key_set,
+    parse_opening,
+    parse_survivor_set,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 log = logging.getLogger("fedrad.agent")
 MAX_RECORDS = 100_000
@@ -66,7 +80,9 @@ class _Running:
 
     study: Study
     state: SiteState
+    masked: MaskedRounds
     data: TrainingData | None = None
+    data_sha256: str = ""
 
 
 class SiteAgent:
@@ -88,6 +104,7 @@ class SiteAgent:
         self._random = random_bytes
         self._report = report
         self._running: dict[str, _Running] = {}
+        self._budget: Budget | None = None
         self._one_at_a_time = threading.Lock()
 
     def handle(self, stage: Stage, data: bytes) -> bytes:
@@ -133,8 +150,12 @@ class SiteAgent:
                 f"cohort.site {self.home.site}: expected this site's message key, got another"
             )
         if sha256 not in self._running:
-            state = SiteState(self.home.state_directory(sha256), study=sha256)
-            self._running[sha256] = _Running(study, state)
+            directory = self.home.state_directory(sha256)
+            masked = MaskedRounds(
+                directory / "masking", study=study, site=self.home.site, key=self._key,
+                random_bytes=self._random,
+            )  # fmt: skip
+            self._running[sha256] = _Running(study, SiteState(directory, study=sha256), masked)
         return self._running[sha256]
 
     def _serve(self, message: Message, running: _Running) -> bytes:
@@ -144,15 +165,16 @@ class SiteAgent:
         spooled = running.state.spooled(message.header, message.sha256)
         if spooled is not None:
             return spooled
-        if stage is Stage.CONTRIBUTE:
-            body = self._contribute(message, running)
-        elif stage is Stage.FINISH:
-            body = self._finish(message, running)
-        else:
-            raise WrongStage(
-                f"privacy.mode {running.study.privacy.mode.value}: expected no stage {stage.value}, got one"
-            )
-        reply = self._reply(message, body)
+        serve = {
+            Stage.KEYS: self._keys,
+            Stage.SHARES: self._shares,
+            Stage.CONTRIBUTE: self._contribute,
+            Stage.UNMASK: self._unmask,
+            Stage.FINISH: self._finish,
+        }[stage]
+        if stage in (Stage.KEYS, Stage.SHARES, Stage.UNMASK) and not running.study.masked:
+            raise WrongStage(f"privacy.masking: expected no stage {stage.value} in this study, got one")
+        reply = self._reply(message, serve(message, running))
         if stage is not Stage.FINISH:
             running.state.spool(message.header, reply)
         return reply
@@ -166,17 +188,37 @@ class SiteAgent:
     # --- stages -------------------------------------------------------------------------------------------
 
     def _hello(self, message: Message, running: _Running) -> bytes:
-        """Say who is here and how far its verified history goes; load model and data before round one."""
+        """Say how far this site's verified history goes; load model and data, commit the budget."""
         unpack_body(message.body, fields={})
         self._training_data(running)
+        if running.study.privacy.mode is not Mode.PLAIN:
+            verify_plan(running.study)
+            self._open_budget().commit(running.study.sha256, plan_of(running.study))
         seen = running.state.seen()
         return pack_body({"version": VERSION, "seen_round": seen.round, "seen_record": seen.record_sha256})
 
+    def _keys(self, message: Message, running: _Running) -> bytes:
+        """Advertise ephemeral keys for a round (the long form, or joining the next round)."""
+        unpack_body(message.body, fields={})
+        policy.verify_turn(running.study, message.header, running.state.seen(), last_attempt=0)
+        running.state.begin(message.header, message.sha256, self._random(32))
+        machine = running.masked.machine(message.header.round, message.header.attempt)
+        return pack_body({}, format_keys(machine.advertise()))
+
+    def _shares(self, message: Message, running: _Running) -> bytes:
+        """Deal shares of this site's secrets to the round's key set."""
+        _, (key_set,) = unpack_body(message.body, fields={}, parts=1)
+        header = message.header
+        policy.verify_turn(running.study, header, running.state.seen(), last_attempt=0)
+        running.state.begin(header, message.sha256, self._random(32))
+        return pack_body({}, self._deal(running, header.round, header.attempt, bytes(key_set)))
+
     def _contribute(self, message: Message, running: _Running) -> bytes:
-        """Check everything, then draw patients and return their gradient sum."""
-        meta, blob = unpack_body(
+        """Check everything, charge the budget, then draw patients and return their protected sum."""
+        meta, (opening, blob) = unpack_body(
             message.body,
             fields={"adapter_sha256": str, "cohort": list, "deadline_unix_s": float, "records": list},
+            parts=2,
         )
         study, state, header = running.study, running.state, message.header
         seen = state.seen()
@@ -187,17 +229,63 @@ class SiteAgent:
         newest = policy.verify_history(
             study, header, _records(meta["records"]), seen, adapter_sha256=meta["adapter_sha256"]
         )
+        if study.masked:
+            machine = running.masked.machine(header.round, header.attempt)
+            parsed = parse_opening(bytes(opening))
+            policy.verify_roster(meta["cohort"], parsed.roster)
+            machine.open(parsed, adapter=meta["adapter_sha256"])
+            running.masked.store(header.round, header.attempt)
         state.see(newest)
+        running.masked.forget_before(newest.round)
         seed = state.begin(header, message.sha256, self._random(32))
-        total = self._gradient_sum(running, header.round, vector, seed)
-        return pack_body({"adapter_sha256": meta["adapter_sha256"], "form": "f32"}, vector_to_bytes(total))
+        seed = self._charge(running, message, seed)
+        about = {"adapter_sha256": meta["adapter_sha256"]}
+        csprng = round_randomness(study, site=self.home.site, round=header.round, seed=seed)
+        if study.privacy.mode is not Mode.CONSORTIUM:
+            values = self._float_contribution(running, header.round, vector, csprng)
+            return pack_body({**about, "form": "f32"}, b"", b"", vector_to_bytes(values))
+        units = self._noised_sum(running, header.round, vector, csprng)
+        if not study.masked:
+            return pack_body({**about, "form": "u32"}, b"", b"", units.astype("<u4", copy=False).data)
+        upload = running.masked.mask(header.round, header.attempt, units)
+        keys = self._next_keys(running, header.round)
+        return pack_body(
+            {**about, "form": "masked"}, format_upload(upload), keys, units.astype("<u4", copy=False).data
+        )
+
+    def _unmask(self, message: Message, running: _Running) -> bytes:
+        """Reveal for one survivor set, and deal shares to the next round's key set when there is one."""
+        _, (survivors, key_set) = unpack_body(message.body, fields={}, parts=2)
+        header = message.header
+        policy.verify_previous(header, running.state.seen())
+        machine = running.masked.machine(header.round, header.attempt)
+        reveal = machine.reveal(parse_survivor_set(bytes(survivors)))
+        running.state.begin(header, message.sha256, self._random(32))
+        running.masked.store(header.round, header.attempt)
+        shares = b""
+        if key_set:
+            shares = self._deal(running, header.round + 1, 1, bytes(key_set))
+        return pack_body({}, format_reveal(reveal), shares)
 
     def _finish(self, message: Message, running: _Running) -> bytes:
-        """Verify the last records and remember how the study ended."""
+        """Verify the last records, remember how the study ended, and give back what is left of the budget."""
         meta, _ = unpack_body(message.body, fields={"records": list})
         newest = policy.extend_history(running.study, _records(meta["records"]), running.state.seen())
         running.state.see(newest)
+        running.masked.forget_before(running.study.rounds + 1)
+        if running.study.privacy.mode is not Mode.PLAIN and newest.round == running.study.rounds - 1:
+            self._open_budget().end(running.study.sha256)
         return pack_body({"seen_round": newest.round, "seen_record": newest.record_sha256})
+
+    def _deal(self, running: _Running, round: int, attempt: int, key_set: bytes) -> bytes:
+        shares = running.masked.machine(round, attempt).deal(parse_key_set(key_set))
+        running.masked.store(round, attempt)
+        return format_shares(shares)
+
+    def _next_keys(self, running: _Running, round: int) -> bytes:
+        if round + 1 >= running.study.rounds:
+            return b""
+        return format_keys(running.masked.machine(round + 1, 1).advertise())
 
     # --- work ---------------------------------------------------------------------------------------------
 
@@ -205,6 +293,7 @@ class SiteAgent:
         if running.data is None:
             verify_data(self.home)
             base = self.home.base_directory(running.study.base.name)
+            running.data_sha256 = hashlib.sha256((self.home.data / "pairs.jsonl").read_bytes()).hexdigest()
             with self._models.use(running.study, base) as adapted:
                 running.data = prepare_training(
                     adapted,
@@ -214,44 +303,70 @@ class SiteAgent:
                     cache=self.home.cache,
                     progress=lambda what, done, total: self._tell(running.study, 0, what, done, total),
                 )
+            nominal = running.study.training.patients
+            if running.study.privacy.mode is not Mode.PLAIN and len(running.data.patients) > nominal:
+                running.data = None
+                raise DataInsufficient(
+                    f"training.patients: expected the nominal number ({nominal}) to cover this site's own "
+                    "patients, got more; δ would not hold"
+                )
         return running.data
 
-    def _gradient_sum(self, running: _Running, round: int, vector: Vector, seed: bytes) -> Any:
+    def _open_budget(self) -> Budget:
+        if self._budget is None:
+            limits = BudgetLimits(epsilon=self.home.epsilon, delta=self.home.delta)
+            self._budget = Budget.open(self.home.budget_path, limits)
+        return self._budget
+
+    def close(self) -> None:
+        """Release the budget's lock."""
+        if self._budget is not None:
+            self._budget.close()
+            self._budget = None
+
+    def _charge(self, running: _Running, message: Message, seed: bytes) -> bytes:
+        """Charge the round before any data is touched; returns the seed to use. Nothing in mode plain."""
+        study = running.study
+        if study.privacy.mode is Mode.PLAIN:
+            return seed
+        self._training_data(running)
+        plan = plan_of(study)
+        charge = self._open_budget().charge(
+            study.sha256,
+            round=message.header.round,
+            attempt=message.header.attempt,
+            request_sha256=message.sha256,
+            data_sha256=running.data_sha256,
+            seed=seed,
+            sampling_rate=plan.sampling_rate,
+            noise_multiplier=plan.site_noise,
+            local_steps=plan.local_steps,
+        )
+        return charge.seed
+
+    def _float_contribution(self, running: _Running, round: int, vector: Vector, csprng: Csprng) -> Vector:
         study, data = running.study, self._training_data(running)
-        draw = draw_patients(study, data, site=self.home.site, round=round, seed=seed)
-        base = self.home.base_directory(study.base.name)
-        with self._models.use(study, base) as adapted:
+        with self._models.use(study, self.home.base_directory(study.base.name)) as adapted:
             adapted.write_vector(vector)
-            total = gradient_sum(
-                adapted,
-                data,
-                draw,
-                groups=active_groups(study, round),
-                clip_norm=None if study.privacy.mode is Mode.PLAIN else study.privacy.clip_norm,
-                microbatch_patients=study.training.microbatch_patients,
-                progress=lambda done, total: self._tell(study, round, "contribute", done, total),
-            )
-        return total.astype(np.float32)
+            tell = self._teller(study, round)
+            if study.privacy.mode is Mode.LOCAL:
+                return local_update(adapted, study, data, csprng, vector, round=round, progress=tell)
+            return plain_sum(adapted, study, data, csprng, round=round, progress=tell)
+
+    def _noised_sum(
+        self, running: _Running, round: int, vector: Vector, csprng: Csprng
+    ) -> npt.NDArray[np.uint32]:
+        study, data = running.study, self._training_data(running)
+        with self._models.use(study, self.home.base_directory(study.base.name)) as adapted:
+            adapted.write_vector(vector)
+            return noised_sum(adapted, study, data, csprng, round=round, progress=self._teller(study, round))
+
+    def _teller(self, study: Study, round: int) -> Callable[[int, int], None]:
+        return lambda done, total: self._tell(study, round, "contribute", done, total)
 
     def _tell(self, study: Study, round: int, what: str, done: int, total: int) -> None:
         percent = 10 * (10 * done // max(1, total))
         self._report(Progress(study.study.id, round, what, percent))
-
-
-def draw_patients(study: Study, data: TrainingData, *, site: str, round: int, seed: bytes) -> Draw:
-    """Draw a round's patients (Poisson) and at most K studies of each, from the round's seed.
-
-    With a `[testing]` seed the draw depends on seed, site and round only, so that runs can be compared.
-    """
-    if study.testing is not None:
-        seed = bytes.fromhex(sha256_hex(f"fedrad test draw|{study.testing.seed}|{site}|{round}".encode()))
-    csprng = Csprng(seed, seeded_for_test=study.testing is not None)
-    draw = []
-    for patient in poisson_sample(csprng, data.patients, study.training.sampling_rate):
-        rows = [str(row) for row in data.studies[patient]]
-        chosen = studies_of(csprng, rows, study.training.studies_per_patient)
-        draw.append((patient, tuple(int(row) for row in chosen)))
-    return draw
 
 
 def _records(values: Sequence[Any]) -> list[SignedRecord]:

@@ -1,6 +1,7 @@
 """A site's directory: who it is, where its data and bases are, its keys, studies and state.
 
-    site.json            site id, operator's public key, data folder, base folders
+    site.json            site id, operator's public key, data folder, base folders, budget limits
+    budget.jsonl         the privacy ledger (client/budget.py)
     keys/message.key     Ed25519, signs protocol messages and approvals (0600)
     studies/<sha256>/    study.json, operator.sig, approval.sig or refusal.json
     state/<sha256>/      what the agent has served (client/state.py)
@@ -35,13 +36,22 @@ class SiteHomeInvalid(FedRadError):
 
 @dataclass(frozen=True)
 class SiteHome:
-    """Paths and settings of one site; `bases` maps a base's name in manifests to its directory."""
+    """Paths and settings of one site; `bases` maps a base's name in manifests to its directory.
+
+    `epsilon` and `delta` are what the site allows in total, over all studies, for one patient.
+    """
 
     directory: Path
     site: str
     operator_key: str
     data: Path
     bases: dict[str, Path]
+    epsilon: float = 20.0
+    delta: float = 1e-5
+
+    @property
+    def budget_path(self) -> Path:
+        return self.directory / "budget.jsonl"
 
     @property
     def key_path(self) -> Path:
@@ -71,10 +81,17 @@ class SiteHome:
 
 
 def create_home(
-    directory: Path, *, site: str, operator_key: str, data: Path, bases: dict[str, Path]
+    directory: Path,
+    *,
+    site: str,
+    operator_key: str,
+    data: Path,
+    bases: dict[str, Path],
+    epsilon: float = 20.0,
+    delta: float = 1e-5,
 ) -> SiteHome:
     """Make or update a site's directory and its message key; an existing key is kept."""
-    home = SiteHome(directory, site, operator_key, data, bases)
+    home = SiteHome(directory, site, operator_key, data, bases, epsilon, delta)
     (directory / "keys").mkdir(parents=True, exist_ok=True, mode=0o700)
     load_or_create_key(home.key_path)
     value = {
@@ -82,6 +99,8 @@ def create_home(
         "operator_key": operator_key,
         "data": str(data.absolute()),
         "bases": {name: str(path.absolute()) for name, path in sorted(bases.items())},
+        "epsilon": epsilon,
+        "delta": delta,
     }
     write_atomic(directory / "site.json", (json.dumps(value, indent=2) + "\n").encode())
     return home
@@ -96,8 +115,12 @@ def open_home(directory: Path) -> SiteHome:
         raise SiteHomeInvalid(
             f"{path}: expected a site's settings, got none; run `fedrad-site enrol`"
         ) from error
-    if not isinstance(value, dict) or set(value) != {"site", "operator_key", "data", "bases"}:
-        raise SiteHomeInvalid(f"{path}: expected the fields site, operator_key, data and bases")
+    fields = {"site", "operator_key", "data", "bases", "epsilon", "delta"}
+    if not isinstance(value, dict) or set(value) != fields:
+        raise SiteHomeInvalid(f"{path}: expected the fields {', '.join(sorted(fields))}")
+    for name in ("epsilon", "delta"):
+        if not isinstance(value[name], int | float) or value[name] <= 0:
+            raise SiteHomeInvalid(f"{path}: {name}: expected a positive number, got {value[name]!r}")
     if not re.fullmatch(r"[0-9a-f]{64}", str(value["operator_key"])):
         raise SiteHomeInvalid(f"{path}: operator_key: expected 64 hex digits")
     if not isinstance(value["bases"], dict):
@@ -108,6 +131,8 @@ def open_home(directory: Path) -> SiteHome:
         str(value["operator_key"]),
         Path(str(value["data"])),
         {str(name): Path(str(path)) for name, path in value["bases"].items()},
+        float(value["epsilon"]),
+        float(value["delta"]),
     )
 
 

@@ -112,3 +112,17 @@ def verify_adapter(study: Study, blob: bytes | memoryview, *, adapter_sha256: st
     if got != adapter_sha256:
         raise AdapterInvalid(f"adapter: expected hash {adapter_sha256[:16]}…, got {got[:16]}…")
     return vector
+
+
+def verify_roster(cohort: Sequence[str], roster: Sequence[str]) -> None:
+    """Refuse a round whose masks are for other sites than its cohort."""
+    if tuple(sorted(cohort)) != tuple(roster):
+        raise CohortTooSmall(f"cohort: expected the roster of the masks, got {', '.join(sorted(cohort))}")
+
+
+def verify_previous(header: Header, seen: Seen) -> None:
+    """Refuse a later stage of a round that builds on another state than the round was opened on."""
+    if header.previous != seen.record_sha256:
+        raise PreviousStateMismatch(
+            f"expected a request that builds on {seen.record_sha256[:16]}…, got {header.previous[:16]}…"
+        )

@@ -241,6 +241,11 @@ class Study:
     testing: TestingSection | None = None
 
     @property
+    def masked(self) -> bool:
+        """Whether contributions are masked by secure aggregation."""
+        return self.privacy.mode is Mode.CONSORTIUM and self.privacy.masking
+
+    @property
     def rounds(self) -> int:
         return sum(stage.rounds for stage in self.stage)
 

@@ -150,9 +150,7 @@ def read_header(data: bytes, *, max_body_bytes: int) -> Header:
     return _split(data, max_body_bytes=max_body_bytes)[0]
 
 
-def open_message(
-    data: bytes, *, keys: Mapping[str, str], expected: Expected, max_body_bytes: int
-) -> Message:
+def open_message(data: bytes, *, keys: Mapping[str, str], expected: Expected, max_body_bytes: int) -> Message:
     """Verify a message against pinned keys (`{sender: public hex}`) and the receiver's expectations.
 
     Raises BodyTooLarge, EnvelopeMalformed, VersionUnsupported, UnknownSender, SignatureInvalid,
@@ -221,14 +219,20 @@ def parse_header(data: bytes) -> Header:
         raise EnvelopeMalformed(f"header: {error}") from error
 
 
-def pack_body(meta: Mapping[str, Any], blob: bytes = b"") -> bytes:
-    """Join a JSON part and a binary part: `u32 length | canonical JSON | blob`."""
-    encoded = canonical_json(dict(meta))
-    return len(encoded).to_bytes(4, "big") + encoded + blob
+def pack_body(meta: Mapping[str, Any], *parts: Any) -> bytes:
+    """Join a JSON part and binary parts: `u32 length | canonical JSON | part | …`; "parts" lists their sizes."""
+    views = [memoryview(part).cast("B") for part in parts]
+    encoded = canonical_json({**meta, "parts": [len(view) for view in views]})
+    return b"".join((len(encoded).to_bytes(4, "big"), encoded, *views))
 
 
-def unpack_body(body: bytes, *, fields: Mapping[str, type]) -> tuple[dict[str, Any], memoryview]:
-    """Split a body; its JSON part must have exactly `fields` (name → type), or EnvelopeMalformed."""
+def unpack_body(
+    body: bytes, *, fields: Mapping[str, type], parts: int = 0
+) -> tuple[dict[str, Any], list[memoryview]]:
+    """Split a body; its JSON part must have exactly `fields` (name → type) and `parts` binary parts.
+
+    Raises EnvelopeMalformed.
+    """
     if len(body) < 4:
         raise EnvelopeMalformed(f"body: expected at least 4 bytes, got {len(body)}")
     length = int.from_bytes(body[:4], "big")
@@ -238,22 +242,35 @@ def unpack_body(body: bytes, *, fields: Mapping[str, type]) -> tuple[dict[str, A
         meta = parse_canonical(body[4 : 4 + length], max_bytes=MAX_META_BYTES)
     except NotCanonical as error:
         raise EnvelopeMalformed(f"body: {error}") from error
-    if not isinstance(meta, dict) or set(meta) != set(fields):
+    if not isinstance(meta, dict) or set(meta) != {*fields, "parts"}:
         got = sorted(meta) if isinstance(meta, dict) else type(meta).__name__
-        raise EnvelopeMalformed(f"body: expected the fields {sorted(fields)}, got {got}")
+        raise EnvelopeMalformed(f"body: expected the fields {sorted({*fields, 'parts'})}, got {got}")
     for name, kind in fields.items():
         value = meta[name]
         if kind is float and type(value) is int:
             meta[name] = float(value)
         elif type(value) is not kind:
             raise EnvelopeMalformed(f"body {name}: expected {kind.__name__}, got {type(value).__name__}")
-    return meta, memoryview(body)[4 + length :]
+    return meta, _cut(memoryview(body)[4 + length :], meta.pop("parts"), parts)
+
+
+def _cut(blob: memoryview, sizes: Any, count: int) -> list[memoryview]:
+    valid = isinstance(sizes, list) and all(type(size) is int and size >= 0 for size in sizes)
+    if not valid or len(sizes) != count or sum(sizes) != len(blob):
+        raise EnvelopeMalformed(f"body parts: expected {count} that fill the body, got other sizes")
+    cut, start = [], 0
+    for size in sizes:
+        cut.append(blob[start : start + size])
+        start += size
+    return cut
 
 
 def _split(data: bytes, *, max_body_bytes: int) -> tuple[Header, bytes, bytes, bytes]:
     overhead = 8 + MAX_HEADER_BYTES + 64
     if len(data) > max_body_bytes + overhead:
-        raise BodyTooLarge(f"expected a message of at most {max_body_bytes + overhead} bytes, got {len(data)}")
+        raise BodyTooLarge(
+            f"expected a message of at most {max_body_bytes + overhead} bytes, got {len(data)}"
+        )
     if len(data) < 8 or data[:4] != MAGIC:
         raise EnvelopeMalformed("expected a message that starts with FRM1, got other bytes")
     length = int.from_bytes(data[4:8], "big")

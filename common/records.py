@@ -38,10 +38,8 @@ class RoundRecord:
     patients: int
     mode: str
     clip_norm: float
-    site_noise: float
-    release_noise: float
-    site_epsilon: float
-    release_epsilon: float
+    site_share_sigma_units: float
+    server_sigma_units: float
     time_unix_s: int
 
     @property
@@ -119,7 +117,7 @@ def _record(value: Any) -> RoundRecord:
         "study": str, "round": int, "attempt": int, "previous": str, "adapter_in": str, "adapter_out": str,
         "cohort": list, "contributors": list, "missing": dict, "contributions": dict, "groups": list,
         "learning_rate": float, "sampling_rate": float, "patients": int, "mode": str, "clip_norm": float,
-        "site_noise": float, "release_noise": float, "site_epsilon": float, "release_epsilon": float, "time_unix_s": int,
+        "site_share_sigma_units": float, "server_sigma_units": float, "time_unix_s": int,
     }  # fmt: skip
     if not isinstance(value, dict) or set(value) != set(kinds):
         raise EnvelopeMalformed(f"round record: expected the fields {sorted(kinds)}")

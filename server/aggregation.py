@@ -1,34 +1,107 @@
-"""From the sites' gradient sums to one averaged gradient."""
+"""From the sites' sums to one averaged, protected gradient.
+
+Plain and local contributions are floats, added in float64 in order of site id. Consortium contributions are
+integers modulo 2^32, so their sum is exact in any order, masked or not; the server's own noise goes on top
+before anything else sees the sum.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from common.config import Study
+from common.canonical import sha256_hex
+from common.config import Mode, Study
 from common.errors import AdapterInvalid
-from common.model.lora import vector_size
+from common.model.lora import group_mask, vector_size
+from common.privacy.sampling import Csprng
+from common.schedule import active_groups
+
+Floats = npt.NDArray[np.float32]
+Units = npt.NDArray[np.uint32]
 
 
-def parse_sum(blob: bytes | memoryview, *, study: Study, site: str) -> npt.NDArray[np.float32]:
-    """Decode a site's float32 gradient sum [adapter size]; raises AdapterInvalid naming the site."""
-    expected = 4 * vector_size(study.adapter.tensors)
-    if len(blob) != expected:
-        raise AdapterInvalid(f"contribution of {site}: expected {expected} bytes, got {len(blob)}")
+@dataclass(frozen=True)
+class Collected:
+    """One round's sum over `contributions` (site → SHA-256 of what it sent); floats or units, by mode."""
+
+    contributions: dict[str, str]
+    missing: dict[str, str]
+    floats: Mapping[str, Floats] | None = None
+    units: Units | None = None
+
+
+@dataclass(frozen=True)
+class Protected:
+    """The averaged gradient, float32 [adapter size], and the widths of the noise in it, in units."""
+
+    gradient: Floats
+    site_share_sigma_units: float
+    server_sigma_units: float
+
+
+def parse_floats(blob: memoryview, *, study: Study, site: str) -> Floats:
+    """Decode a site's float32 vector [adapter size]; raises AdapterInvalid naming the site."""
+    _verify_size(blob, study=study, site=site)
     values = np.frombuffer(blob, "<f4")
     if not np.isfinite(values).all():
         raise AdapterInvalid(f"contribution of {site}: expected finite values, got a NaN or an infinity")
     return values
 
 
-def average(study: Study, sums: Mapping[str, npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-    """Add the sites' sums in float64, in order of site id, and divide by the public denominator.
+def parse_units(blob: memoryview, *, study: Study, site: str) -> Units:
+    """Decode a site's integers modulo 2^32 [adapter size]; raises AdapterInvalid naming the site."""
+    _verify_size(blob, study=study, site=site)
+    return np.frombuffer(blob, "<u4")
 
-    Equal to the averaged gradient of central training on the union of the same draws.
-    """
+
+def protect(study: Study, collected: Collected, *, round: int) -> Protected:
+    """Turn a collected sum into the averaged gradient, with the server's own noise where it adds any."""
+    if collected.units is None:
+        return Protected(_average(study, collected.floats or {}), _share_sigma(study), 0.0)
+    from common.privacy.mechanism import dequantise, top_up
+    from common.privacy.study_plan import plan_of
+
+    plan, survivors = plan_of(study), len(collected.contributions)
+    trained = group_mask(study.adapter.tensors, active_groups(study, round))
+    noised = top_up(
+        collected.units.view(np.int32)[trained], plan, _server_randomness(study, round), survivors=survivors
+    )
+    gradient = np.zeros(trained.size, np.float64)
+    gradient[trained] = dequantise(noised, plan) / study.training.denominator
+    return Protected(
+        gradient.astype(np.float32), plan.site_share_sigma_units, plan.server_topup_sigma_units(survivors)
+    )
+
+
+def _average(study: Study, floats: Mapping[str, Floats]) -> Floats:
+    """Add in order of site id; sums are divided by the public denominator, local means by their number."""
     total = np.zeros(vector_size(study.adapter.tensors), np.float64)
-    for site in sorted(sums):
-        total += sums[site]
-    return (total / study.training.denominator).astype(np.float32)
+    for site in sorted(floats):
+        total += floats[site]
+    divisor = len(floats) if study.privacy.mode is Mode.LOCAL else study.training.denominator
+    return (total / divisor).astype(np.float32)
+
+
+def _share_sigma(study: Study) -> float:
+    if study.privacy.mode is Mode.PLAIN:
+        return 0.0
+    from common.privacy.study_plan import plan_of
+
+    return plan_of(study).site_share_sigma_units
+
+
+def _server_randomness(study: Study, round: int) -> Csprng:
+    if study.testing is None:
+        return Csprng.from_os()
+    text = f"fedrad test server noise|{study.testing.seed}|{round}"
+    return Csprng(bytes.fromhex(sha256_hex(text.encode())), seeded_for_test=True)
+
+
+def _verify_size(blob: memoryview, *, study: Study, site: str) -> None:
+    expected = 4 * vector_size(study.adapter.tensors)
+    if len(blob) != expected:
+        raise AdapterInvalid(f"contribution of {site}: expected {expected} bytes, got {len(blob)}")

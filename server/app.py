@@ -11,33 +11,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.canonical import canonical_json
-from common.errors import CheckpointInvalid, RoundFailed
+from common.config import Study
+from common.errors import CheckpointInvalid, FedRadError, RoundFailed
 from common.files import write_atomic
 from common.identity import SigningKey, load_key
 from common.model.lora import Vector, read_adapter, vector_sha256, vector_size
-from common.records import SignedRecord, sign_record
+from common.privacy.study_plan import verify_plan
+from common.protocol import Message
+from common.records import sign_record
 from common.schedule import active_groups, learning_rate
-from server.aggregation import average
+from server.aggregation import Collected, protect
 from server.checkpoint import Pending, StudyDirectory, StudyState
-from server.cohort import Cohort, Outcome
+from server.cohort import Cohort
+from server.collect import Attempt, MaskingBook, collect_direct, collect_masked
 from server.optimizer import take_step
-from server.round import (
-    Epsilons,
-    contribute_requests,
-    finish_request,
-    hello_request,
-    make_record,
-    parse_contributions,
-    parse_hello,
-    plan_attempt,
-)
+from server.round import finish_request, hello_request, make_record, parse_hello, plan_attempt
 
 log = logging.getLogger("fedrad.server")
 app = ServerApp()
@@ -55,6 +49,7 @@ def run_study(grid: Grid, directory: Path, *, clock: Clock = time.time) -> Study
     opened = StudyDirectory(directory)
     try:
         study, key = opened.study, load_key(opened.key_path)
+        verify_plan(study)
         state = opened.load_state(_initial_adapter(opened))
         cohort = Cohort(grid, study, clock=clock)
         opened.log("started", round=state.round + 1, rounds=study.rounds, study=study.sha256)
@@ -75,30 +70,31 @@ def _run_round(
     histories: dict[str, int],
     clock: Clock,
 ) -> StudyState:
+    """Attempt a round until its sum is there, then step, record and save."""
     study, round = opened.study, state.round + 1
     pending = opened.pending()
-    attempt = pending.attempt if pending is not None and pending.round == round else 0
-    resumed = attempt > 0
+    if pending is None or pending.round != round:
+        pending = _new_attempt(opened, cohort, histories, round=round, attempt=1, clock=clock)
+    else:
+        cohort.present(wait_s=study.cohort.deadline_s, at_least=len(pending.cohort))
     while True:
         started = clock()
-        if not resumed or pending is None:
-            attempt += 1
-            pending = _new_attempt(opened, cohort, round, attempt, clock)
-        outcome = _ask(opened, key, cohort, state, pending, histories, resumed=resumed, clock=clock)
-        adapter_in = vector_sha256(state.adapter)
-        sums, unfit = parse_contributions(study, outcome.replies, adapter_sha256=adapter_in)
-        missing = {**_absent(opened, pending), **outcome.missing, **unfit}
-        if len(sums) >= study.cohort.min_sites:
+        collected, reason = _collect(Attempt(opened, key, cohort, state, pending, histories, clock))
+        served = len(collected.contributions)
+        missing = {**_absent(study, pending), **collected.missing}
+        if not reason and served >= study.cohort.min_sites:
             break
-        resumed = False
-        _name_failure(opened, pending, missing, len(sums))
+        _name_failure(opened, pending, missing, served, reason)
+        pending = _new_attempt(
+            opened, cohort, histories, round=round, attempt=pending.attempt + 1, clock=clock
+        )
 
-    gradient = average(study, sums)
+    protected = protect(study, collected, round=round)
     adapter, optimizer, step_norm = take_step(
         study,
         state.adapter,
         state.optimizer,
-        gradient,
+        protected.gradient,
         groups=active_groups(study, round),
         learning_rate=learning_rate(study, round),
     )
@@ -107,22 +103,41 @@ def _run_round(
         state,
         pending,
         adapter_out=vector_sha256(adapter),
-        contributions={site: outcome.replies[site].body for site in sums},
+        contributions=collected.contributions,
         missing=missing,
-        epsilons=Epsilons(),
+        site_share_sigma_units=protected.site_share_sigma_units,
+        server_sigma_units=protected.server_sigma_units,
         now_unix_s=clock(),
     )
-    signed = sign_record(key, record)
     after = StudyState(round, adapter, optimizer, record.sha256)
-    opened.save_round(after, signed)
+    opened.save_round(after, sign_record(key, record))
     opened.clear_pending()
-    for site in outcome.replies:
+    for site in collected.contributions:
         histories[site] = round - 1
     _log_round(opened, cohort, pending, missing, step_norm=step_norm, seconds=clock() - started)
     return after
 
 
-def _new_attempt(opened: StudyDirectory, cohort: Cohort, round: int, attempt: int, clock: Clock) -> Pending:
+def _collect(attempt: Attempt) -> tuple[Collected, str]:
+    """Collect an attempt's sum; a masked one that ends without a sum gives none and the reason."""
+    if not attempt.study.masked:
+        return collect_direct(attempt), ""
+    missing: dict[str, str] = {}
+    try:
+        return collect_masked(attempt, MaskingBook(attempt.opened.directory, attempt.study), missing), ""
+    except FedRadError as error:
+        return Collected({}, missing), f"{error.code}: {error}"
+
+
+def _new_attempt(
+    opened: StudyDirectory,
+    cohort: Cohort,
+    histories: dict[str, int],
+    *,
+    round: int,
+    attempt: int,
+    clock: Clock,
+) -> Pending:
     """Choose the cohort of a new attempt and make its random parts durable before anything is sent."""
     study = opened.study
     if attempt > study.cohort.max_attempts:
@@ -131,58 +146,34 @@ def _new_attempt(opened: StudyDirectory, cohort: Cohort, round: int, attempt: in
             "got no further one; see log.jsonl for the missing sites"
         )
     present = cohort.present(wait_s=study.cohort.deadline_s, at_least=study.cohort.min_sites)
-    if len(present) < study.cohort.min_sites:
-        absent = {site: "not connected" for site in study.site_ids if site not in present}
-        empty = Pending(round, attempt, present, clock(), {})
-        _name_failure(opened, empty, absent, len(present))
-    pending = plan_attempt(study, round=round, attempt=attempt, cohort=present, now_unix_s=clock())
+    pending = plan_attempt(
+        study, round=round, attempt=attempt, cohort=present, histories=histories, now_unix_s=clock()
+    )
     opened.save_pending(pending)
     return pending
-
-
-def _ask(
-    opened: StudyDirectory,
-    key: SigningKey,
-    cohort: Cohort,
-    state: StudyState,
-    pending: Pending,
-    histories: dict[str, int],
-    *,
-    resumed: bool,
-    clock: Clock,
-) -> Outcome:
-    """Send the attempt's requests, the same bytes again when it is resumed, and collect the answers."""
-    if "histories" not in pending.extra:
-        known = {site: histories.get(site, -1) for site in pending.cohort}
-        pending = replace(pending, extra={**pending.extra, "histories": known})
-        opened.save_pending(pending)
-    records_for = {
-        site: _records_after(opened.records, pending.extra["histories"][site], pending.round)
-        for site in pending.cohort
-    }
-    requests = contribute_requests(key, opened.study, state, pending, records_for)
-    until = max(pending.deadline_unix_s, clock() + opened.study.cohort.deadline_s if resumed else 0.0)
-    if resumed:
-        cohort.present(wait_s=opened.study.cohort.deadline_s, at_least=len(pending.cohort))
-    return cohort.exchange(requests, until_unix_s=until)
 
 
 def _meet(opened: StudyDirectory, key: SigningKey, cohort: Cohort, clock: Clock) -> dict[str, int]:
     """Wait for the sites, let each load what it needs, and learn how far each one's history goes."""
     study = opened.study
     present = cohort.present(wait_s=study.cohort.deadline_s, at_least=len(study.cohort.site))
+    histories: dict[str, int] = {}
+
+    def accept(site: str, reply: Message) -> None:
+        histories[site] = parse_hello(reply)
+
     requests = {site: hello_request(key, study, site) for site in present}
-    outcome = cohort.exchange(requests, until_unix_s=clock() + study.cohort.deadline_s)
+    outcome = cohort.exchange(requests, accept=accept, until_unix_s=clock() + study.cohort.deadline_s)
     for site, reason in sorted(outcome.missing.items()):
         opened.log("site-not-ready", site=site, reason=reason)
         log.warning("site %s is not ready: %s", site, reason)
-    if len(outcome.replies) < study.cohort.min_sites:
+    if len(histories) < study.cohort.min_sites:
         reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(outcome.missing.items()))
         raise RoundFailed(
             f"expected at least {study.cohort.min_sites} sites ready (cohort.min_sites), "
-            f"got {len(outcome.replies)}: {reasons or 'nobody connected'}"
+            f"got {len(histories)}: {reasons or 'nobody connected'}"
         )
-    return {site: parse_hello(reply) for site, reply in outcome.replies.items()}
+    return histories
 
 
 def _finish(
@@ -196,12 +187,12 @@ def _finish(
     """Show every reachable site the last records and write what the run cost."""
     study = opened.study
     requests = {
-        site: finish_request(
-            key, study, site, state, _records_after(opened.records, histories.get(site, -1), study.rounds)
-        )
+        site: finish_request(key, study, site, state, opened.records[histories.get(site, -1) + 1 :])
         for site in cohort.present(wait_s=0.0, at_least=1)
     }
-    outcome = cohort.exchange(requests, until_unix_s=clock() + min(60.0, study.cohort.deadline_s))
+    outcome = cohort.exchange(
+        requests, accept=lambda site, reply: None, until_unix_s=clock() + min(60.0, study.cohort.deadline_s)
+    )
     for site, reason in sorted(outcome.missing.items()):
         opened.log("finish-not-acknowledged", site=site, reason=reason)
     opened.log("finished", rounds=study.rounds, adapter=vector_sha256(state.adapter))
@@ -216,25 +207,24 @@ def _initial_adapter(opened: StudyDirectory) -> Vector:
     return vector
 
 
-def _records_after(records: list[SignedRecord], after: int, before: int) -> list[SignedRecord]:
-    return records[after + 1 : before]
+def _absent(study: Study, pending: Pending) -> dict[str, str]:
+    return {site: "not connected" for site in study.site_ids if site not in pending.cohort}
 
 
-def _absent(opened: StudyDirectory, pending: Pending) -> dict[str, str]:
-    return {site: "not connected" for site in opened.study.site_ids if site not in pending.cohort}
-
-
-def _name_failure(opened: StudyDirectory, pending: Pending, missing: dict[str, str], served: int) -> None:
+def _name_failure(
+    opened: StudyDirectory, pending: Pending, missing: dict[str, str], served: int, why: str
+) -> None:
     study = opened.study
     opened.log(
         "round-failed", round=pending.round, attempt=pending.attempt, served=served,
-        floor=study.cohort.min_sites, missing=missing,
+        floor=study.cohort.min_sites, missing=missing, reason=why,
     )  # fmt: skip
     names = "; ".join(f"{site} ({reason})" for site, reason in sorted(missing.items()))
     message = (
         f"round {pending.round} attempt {pending.attempt}: expected at least {study.cohort.min_sites} "
-        f"contributions (cohort.min_sites), got {served}; missing: {names}"
+        f"contributions (cohort.min_sites), got {served}; missing: {names or 'none'}"
     )
+    message += f"; {why}" if why else ""
     log.warning("%s", message)
     if study.cohort.on_failed_round.value == "end":
         raise RoundFailed(message)

@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,17 @@ class StudyState:
 
 @dataclass(frozen=True)
 class Pending:
-    """The attempt in progress: all that its requests hold beyond the state, so they can be made again."""
+    """The attempt in progress: all that its requests hold beyond the state, so they can be made again.
+
+    `histories` maps a site to the last round whose record it has verified, as known when the attempt began.
+    """
 
     round: int
     attempt: int
     cohort: tuple[str, ...]
     deadline_unix_s: float
-    nonces: dict[str, str]
-    extra: dict[str, Any] = field(default_factory=dict)
+    nonce: str
+    histories: dict[str, int]
 
 
 class StudyDirectory:
@@ -125,8 +128,12 @@ class StudyDirectory:
         os.replace(staging, final)
         sync_directory(final.parent)
         self._append_record(signed)
+        every = self.study.evaluation.every_rounds
         for old in self._rounds()[:-_KEEP]:
-            shutil.rmtree(old)
+            if every and (int(old.name) + 1) % every == 0:
+                (old / "optimizer.npz").unlink(missing_ok=True)
+            else:
+                shutil.rmtree(old)
 
     def pending(self) -> Pending | None:
         """Read the attempt in progress, None when there is none."""
@@ -134,10 +141,7 @@ class StudyDirectory:
         if not path.is_file():
             return None
         value = json.loads(path.read_text())
-        return Pending(
-            value["round"], value["attempt"], tuple(value["cohort"]), value["deadline_unix_s"],
-            value["nonces"], value["extra"],
-        )  # fmt: skip
+        return Pending(**{**value, "cohort": tuple(value["cohort"])})
 
     def save_pending(self, pending: Pending) -> None:
         write_atomic(self.directory / "pending.json", json.dumps(vars(pending)).encode())
@@ -194,3 +198,10 @@ def read_signed_study(directory: Path) -> Study:
     verify_resolved(study)
     verify_signature(study.cohort.operator_key, Purpose.STUDY, manifest, signature)
     return study
+
+
+def read_records(directory: Path) -> list[SignedRecord]:
+    """Read the signed round records of a study directory that nobody writes to."""
+    path = directory / "records.jsonl"
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [signed_from_json(json.loads(line)) for line in lines]

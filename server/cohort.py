@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from common.canonical import sha256_hex
 from common.config import Study
 from common.errors import FedRadError
+from common.model.lora import vector_size
 from common.protocol import SERVER, Expected, Kind, open_message, unpack_body
 from common.protocol import Message as SignedMessage
 
@@ -40,10 +41,13 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an exchange brought: verified replies, and for every other site the reason it has none."""
+    """What an exchange brought: the sites whose replies were accepted, and why each other one's was not."""
 
-    replies: dict[str, SignedMessage]
+    answered: tuple[str, ...]
     missing: dict[str, str]
+
+
+Accept = Callable[[str, SignedMessage], None]
 
 
 class Cohort:
@@ -61,6 +65,7 @@ class Cohort:
         self._grid = grid
         self._study = study
         self._keys = {site.id: site.message_key for site in study.cohort.site}
+        self._max_reply_bytes = 4 * vector_size(study.adapter.tensors) + (16 << 20)
         self._clock = clock
         self._sleep = sleep
         self._watch = watch
@@ -76,41 +81,44 @@ class Cohort:
                 return tuple(sorted(self._nodes))
             self._sleep(_LAST_POLL_S)
 
-    def exchange(self, requests: Mapping[str, bytes], *, until_unix_s: float) -> Outcome:
-        """Send each site its signed request and collect signed replies until the deadline."""
-        from common.model.lora import vector_size
+    def exchange(self, requests: Mapping[str, bytes], *, accept: Accept, until_unix_s: float) -> Outcome:
+        """Send each site its signed request and hand each verified reply to `accept`, one at a time.
 
+        A FedRadError of `accept` makes that site a missing one. Replies are not kept.
+        """
         missing = {site: "not connected" for site in requests if site not in self._nodes}
         stage_of = {site: _stage(data) for site, data in requests.items()}
+        digests = {site: sha256_hex(data) for site, data in requests.items()}
         sent = self._push(
             {site: (stage_of[site], data) for site, data in requests.items() if site in self._nodes}
         )
         for site in sent.values():
             self.traffic.count(stage_of[site], "down", len(requests[site]))
-        limit = 4 * vector_size(self._study.adapter.tensors) + (16 << 20)
-        replies = {}
-        for site, reply in self._collect(sent, until_unix_s=until_unix_s):
+        answered = []
+        for message_id, reply in self._poll(sent, until_unix_s=until_unix_s):
+            site = sent[message_id]
             try:
                 data = _envelope(reply)
                 self.traffic.count(stage_of[site], "up", len(data))
-                replies[site] = self._verify(site, requests[site], data, limit)
+                accept(site, self._verify(site, digests[site], data))
+                answered.append(site)
             except FedRadError as error:
                 missing[site] = f"{error.code}: {error}"
-                if error.code == "NodeFailed":
+                if isinstance(error, NodeFailed):
                     self._nodes.pop(site, None)
         for site in sent.values():
-            if site not in replies and site not in missing:
+            if site not in answered and site not in missing:
                 missing[site] = "no answer before the deadline"
-        return Outcome(replies, missing)
+        return Outcome(tuple(sorted(answered)), missing)
 
-    def _verify(self, site: str, request: bytes, data: bytes, limit: int) -> SignedMessage:
+    def _verify(self, site: str, request_sha256: str, data: bytes) -> SignedMessage:
         message = open_message(
             data,
             keys=self._keys,
             expected=Expected(
-                study=self._study.sha256, recipient=SERVER, sender=site, answers=sha256_hex(request)
+                study=self._study.sha256, recipient=SERVER, sender=site, answers=request_sha256
             ),
-            max_body_bytes=limit,
+            max_body_bytes=self._max_reply_bytes,
         )
         if message.header.kind is Kind.REFUSAL:
             meta, _ = unpack_body(message.body, fields={"error": str, "message": str})
@@ -136,10 +144,6 @@ class Cohort:
         sites = sorted(envelopes)
         messages = [_message(self._nodes[site], *envelopes[site]) for site in sites]
         return dict(zip(self._grid.push_messages(messages), sites, strict=True)) if messages else {}
-
-    def _collect(self, sent: Mapping[str, str], *, until_unix_s: float) -> Iterable[tuple[str, Message]]:
-        for message_id, reply in self._poll(sent, until_unix_s=until_unix_s):
-            yield sent[message_id], reply
 
     def _poll(self, ids: Mapping[str, object], *, until_unix_s: float) -> Iterable[tuple[str, Message]]:
         waiting, pause = set(ids), _FIRST_POLL_S

@@ -298,6 +298,13 @@ class ServerRound:
         return threshold(len(self._keys))
 
     @property
+    def key_set(self) -> KeySet:
+        """The key set, once keys are closed, for a resend."""
+        if not self._setup:
+            raise StageOutOfOrder("expected keys to be closed first, got a later step")
+        return KeySet(tuple(self._keys[site] for site in sorted(self._keys)))
+
+    @property
     def context(self) -> bytes:
         """The round's context digest, once the roster is fixed."""
         return self._context

@@ -1,4 +1,4 @@
-"""Making a study: a commented manifest to start from, resolving it against a base and the sites, signing it."""
+"""Making a study: a commented manifest to start from, resolving it against base and sites, signing it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.config import Study, format_study, verify_resolved
+from common.config import Mode, Study, format_study, verify_resolved
 from common.errors import ManifestInvalid
 from common.files import write_atomic
 from common.identity import Purpose, SigningKey
 from common.model.lora import adapter_tensors, initial_vector, vector_sha256, write_adapter
 from common.model.manifest import hash_base
+from common.privacy.study_plan import calibrated
+from common.secagg.context import threshold
 from server.checkpoint import write_signed_study
 
-_TEMPLATE = '''\
+_TEMPLATE = """\
 # A FedRad study: everything that this training run is allowed to do. The operator and every site sign the
 # hash of it; a site's agent refuses whatever it does not allow. Check it with: fedrad-server study check
 schema = 1
@@ -30,7 +32,7 @@ name = "{base}"                  # "tiny", or the name under which every site ho
 rank = {rank}
 alpha = {alpha}
 targets = '{targets}'
-strategy = "joint"               # "alternating" (RoLoRA), "frozen-a" (FFA-LoRA) or "joint"; exact here in all
+strategy = "alternating"         # "alternating" (RoLoRA), "frozen-a" (FFA-LoRA) or "joint"
 init_seed = 7
 
 # Stages run in order. "align" trains the projector only, "tune" the projector and LoRA.
@@ -60,44 +62,80 @@ on_failed_round = "repeat"       # or "end"
 every_rounds = {every_rounds}                # adapters kept for the curves of the report
 max_studies = 400                # held-out studies per site
 resamples = 1000                 # bootstrap
-'''
+"""
 
 _PLAIN = """\
 [privacy]
 mode = "plain"                   # no privacy: public or synthetic data only; sites refuse the release
-clip_norm = 1.0
+"""
+
+_CONSORTIUM = """\
+[privacy]                        # for one patient at one site; signing fills in the noise that meets it
+mode = "consortium"              # "consortium", "local" (a site's own noise only) or "plain" (none)
+site_epsilon = {site_epsilon}               # what the server with `colluders` sites could learn, all rounds
+release_epsilon = {release_epsilon}            # what anyone with the released model could learn
+clip_norm = {clip_norm}                  # the most that one patient moves the sum in a round
+colluders = 0                    # sites that may work with the server
+dropouts = {dropouts}                     # sites that may vanish in a round; the others carry their noise
+spare_rounds = {spare}                 # failed attempts that the sites' budgets allow for
+masking = true                   # secure aggregation
+"""
+
+_LOCAL = """\
+[privacy]                        # for one patient at one site; signing fills in the noise that meets it
+mode = "local"                   # every site noises its own update fully (ISRL-DP); no secure aggregation
+site_epsilon = {site_epsilon}
+clip_norm = {clip_norm}
+spare_rounds = {spare}
 """
 
 
 def study_template(
-    *, id: str, base: str, sites: Sequence[str], privacy: str = _PLAIN, rounds: int = 60, patients: int = 0
+    *,
+    id: str,
+    base: str,
+    sites: Sequence[str],
+    mode: str = "consortium",
+    rounds: int | None = None,
+    patients: int | None = None,
+    release_epsilon: float = 8.0,
 ) -> str:
-    """Write a complete, commented manifest that runs as it is; raises ManifestInvalid for no sites."""
+    """Write a complete, commented manifest that runs as it is; raises ManifestInvalid."""
     if not sites:
         raise ManifestInvalid("sites: expected at least one site id, got none")
+    if mode not in [member.value for member in Mode]:
+        raise ManifestInvalid(f"mode: expected consortium, local or plain, got {mode!r}")
+    if mode == "consortium" and len(sites) < 2:
+        raise ManifestInvalid("sites: expected at least 2 for secure aggregation, got 1; use --mode local")
     tiny = base == "tiny"
-    align = "" if tiny else _stage("align", 10, 1e-3)
+    rounds = rounds or 60
+    dropouts = len(sites) - threshold(len(sites)) if mode == "consortium" else 0
+    privacy = {"consortium": _CONSORTIUM, "local": _LOCAL, "plain": _PLAIN}[mode].format(
+        site_epsilon=2 * release_epsilon if mode == "consortium" else release_epsilon,
+        release_epsilon=release_epsilon,
+        clip_norm=1.0,
+        dropouts=dropouts,
+        spare=max(2, rounds // 20),
+    )
     return _TEMPLATE.format(
         id=id,
         base=base,
         rank=8,
         alpha=16,
         targets=r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
-        stages=align + _stage("tune", rounds, 4e-3 if tiny else 1e-3),
+        stages=("" if tiny else _stage("align", 10, 1e-3)) + _stage("tune", rounds, 4e-3 if tiny else 1e-3),
         sampling_rate=0.05,
-        patients=patients or 2000 * len(sites),
+        patients=patients or 1500 * len(sites),
         max_tokens=96 if tiny else 512,
         max_new_tokens=48 if tiny else 160,
         privacy=privacy,
-        min_sites=max(1, len(sites) - 1),
+        min_sites=len(sites) - dropouts if mode == "consortium" else max(1, len(sites) - 1),
         sites="".join(f'\n[[cohort.site]]\nid = "{site}"\n' for site in sites),
         every_rounds=max(1, rounds // 6),
     )
 
 
-def resolve_study(
-    study: Study, *, base: Path, operator_key: str, site_keys: Mapping[str, str]
-) -> Study:
+def resolve_study(study: Study, *, base: Path, operator_key: str, site_keys: Mapping[str, str]) -> Study:
     """Pin base files, adapter tensors, first adapter and public keys; raises BaseInvalid or ManifestInvalid.
 
     What the manifest already pins must agree.
@@ -128,6 +166,7 @@ def resolve_study(
     ):
         if before and before != after:
             raise ManifestInvalid(f"{name}: expected what this base and operator give, got another value")
+    resolved = calibrated(resolved)
     verify_resolved(resolved)
     return resolved
 

@@ -25,7 +25,8 @@ tags: [radiology, federated-learning, fedrad]
 
 # {study.study.id}: adapter {adapter_sha256[:12]}
 
-{study.study.purpose}. Trained by FedRad across {len(study.site_ids)} sites; images and reports never left them.
+{study.study.purpose}. Trained by FedRad across {len(study.site_ids)} sites; images and reports never
+left them.
 
 **{_privacy(study, result)}**
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from client.agent import draw_patients
+from client.contribution import draw_patients, round_randomness
 from client.data.store import Pair, read_pairs
 from client.features import Features
 from client.home import SiteHome, open_home
@@ -106,7 +106,8 @@ def train_centrally(
     for round in range(study.rounds):
         draw: list[tuple[str, Sequence[int]]] = []
         for site, data in sorted(parts.items()):
-            own: Draw = draw_patients(study, data, site=site, round=round, seed=random_bytes(32))
+            csprng = round_randomness(study, site=site, round=round, seed=random_bytes(32))
+            own: Draw = draw_patients(study, data, csprng)
             draw += [(index_of[site][p], [row + offset_of[site] for row in rows]) for p, rows in own]
         draw.sort(key=lambda entry: entry[0][::-1])  # mix the sites within microbatches
         adapted.write_vector(vector)

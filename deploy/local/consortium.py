@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.home import SiteHome, approve_study, create_home, receive_study
-from common.config import Study, format_study, parse_study_toml
+from common.config import Mode, Study, format_study, parse_study_toml
 from common.errors import DataInsufficient, ManifestInvalid
 from common.identity import Purpose, load_or_create_key
 from server.studies import resolve_study, write_study
@@ -78,6 +78,14 @@ def set_up(manifest: Path, *, data: Path, out: Path, base: Path | None) -> Local
     study = resolve_study(draft, base=directory, operator_key=operator.public, site_keys=keys)
     write_study(out / "server", study, operator, base=directory)
     encoded = format_study(study)
+    if study.privacy.mode is not Mode.PLAIN:  # each rehearsing site allows just this study
+        homes = {
+            site: create_home(
+                home.directory, site=site, operator_key=home.operator_key, data=home.data, bases=home.bases,
+                epsilon=study.privacy.site_epsilon * 1.001, delta=study.privacy.delta,
+            )
+            for site, home in homes.items()
+        }  # fmt: skip
     for home in homes.values():
         receive_study(home, encoded, operator.sign(Purpose.STUDY, encoded))
         approve_study(home, study.sha256)

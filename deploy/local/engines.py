@@ -39,12 +39,13 @@ def _run_inprocess(consortium: LocalConsortium, sockets: Path) -> None:
     from server.app import app as server_app
 
     models = ModelPool()
-    services, configs = [], {}
+    services, agents, configs = [], [], {}
     try:
         for number, (site, home) in enumerate(sorted(consortium.homes.items()), start=1):
             board = ProgressBoard()
             path = sockets / f"{site}.sock"
             agent = SiteAgent(home, models=models, report=board.post)
+            agents.append(agent)
             services.append(start_service(agent, board, path, version="local"))
             configs[number] = {"site": site, "agent": f"unix://{path}"}
         run_inprocess(
@@ -56,6 +57,8 @@ def _run_inprocess(consortium: LocalConsortium, sockets: Path) -> None:
     finally:
         for service in services:
             service.stop(grace=None)
+        for agent in agents:
+            agent.close()
 
 
 def _run_flower(consortium: LocalConsortium, sockets: Path, say: Say) -> None:

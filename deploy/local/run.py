@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +28,7 @@ from deploy.local.consortium import LocalConsortium, set_up
 from deploy.local.engines import Engine, run_engine
 from deploy.local.measure import HeldOut, Scored, by_site, load_held_out, score
 from deploy.local.report import write_report
+from server.checkpoint import read_records
 
 
 class Display(Protocol):
@@ -223,7 +223,7 @@ def _result(
         "rounds": study.rounds,
         "seconds": round(seconds, 2),
         "metrics": metrics,
-        "privacy": privacy_claim(study),
+        "privacy": privacy_claim(consortium),
         "traffic": {
             "bytes_up_per_site_round": _per_message(traffic, "up"),
             "bytes_down_per_site_round": _per_message(traffic, "down"),
@@ -235,19 +235,43 @@ def _result(
     }
 
 
-def privacy_claim(study: Study) -> dict[str, Any]:
-    """Say what the study guarantees, null where it guarantees nothing."""
+def privacy_claim(consortium: LocalConsortium) -> dict[str, Any]:
+    """Say what was spent, from the sites' ledgers and the server's records; null where nothing is claimed."""
+    study = consortium.study
+    claim: dict[str, Any] = {
+        "unit": "patient",
+        "site_epsilon": dict.fromkeys(study.site_ids),
+        "release_epsilon": None,
+        "delta": None,
+        "mechanism": {"mode": study.privacy.mode.value},
+    }
     if study.privacy.mode is Mode.PLAIN:
-        return {
-            "unit": "patient", "site_epsilon": dict.fromkeys(study.site_ids), "release_epsilon": None,
-            "delta": None, "mechanism": {"mode": "plain"},
-        }  # fmt: skip
-    raise NotImplementedError
+        return claim
+    from client.budget import BudgetLimits, read_summary
+    from common.privacy.mechanism import ServedRound, View
+    from common.privacy.study_plan import plan_of
+
+    plan = plan_of(study)
+    for site, home in consortium.homes.items():
+        limits = BudgetLimits(epsilon=home.epsilon, delta=home.delta)
+        summary = read_summary(home.budget_path, limits)
+        claim["site_epsilon"][site] = next(
+            account.epsilon_spent for account in summary.studies if account.study == study.sha256
+        )
+    if study.privacy.mode is Mode.CONSORTIUM:
+        records = [signed.record for signed in read_records(consortium.server)]
+        served = [ServedRound(len(r.contributors), r.server_sigma_units) for r in records]
+        claim["release_epsilon"] = plan.epsilon(View.RELEASE, served)
+    else:
+        claim["release_epsilon"] = max(claim["site_epsilon"].values())
+    claim["delta"] = plan.delta
+    claim["mechanism"] = plan.to_json() | {"seeded_for_test": study.testing is not None}
+    return claim
 
 
 def _per_message(traffic: dict[str, Any], direction: str) -> float:
     names = [name for name in traffic["bytes"] if name.endswith(direction) and not name.startswith("hello")]
-    total = sum(traffic["bytes"][name] for name in names)
+    total: int = sum(int(traffic["bytes"][name]) for name in names)
     return round(total / max(1, traffic["messages"].get(f"contribute-{direction}", 0)), 1)
 
 

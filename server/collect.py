@@ -1,0 +1,292 @@
+"""Collecting one attempt's contributions: directly, or by secure aggregation.
+
+Direct: one exchange. Masked: two in steady state, because keys and shares of the next round ride on this
+round's replies; the long form (keys, then shares, as exchanges of their own) is for first rounds, new
+attempts and sites that join. Guarantees: whatever was sent to sites is durable before, so a restarted server sends the
+same again; at most one masked vector is in memory besides the sum.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.canonical import sha256_hex
+from common.config import Mode, Study
+from common.errors import FedRadError
+from common.files import write_atomic
+from common.identity import SigningKey
+from common.model.lora import vector_sha256, vector_size
+from common.protocol import Message, Stage, pack_body, unpack_body
+from common.records import SignedRecord
+from common.secagg.messages import (
+    KeySet,
+    format_key_set,
+    format_opening,
+    format_survivor_set,
+    parse_keys,
+    parse_reveal,
+    parse_shares,
+    parse_upload,
+)
+from common.secagg.study_terms import round_terms
+from server.aggregation import Collected, Floats, Units, parse_floats, parse_units
+from server.checkpoint import Pending, StudyDirectory, StudyState
+from server.cohort import Cohort
+from server.round import contribute_body, parse_contribution, stage_request
+from server.secagg import ServerRound, ServerStage
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """All that an attempt's requests are made of."""
+
+    opened: StudyDirectory
+    key: SigningKey
+    cohort: Cohort
+    state: StudyState
+    pending: Pending
+    histories: dict[str, int]
+    clock: Callable[[], float]
+
+    @property
+    def study(self) -> Study:
+        return self.opened.study
+
+    def request(
+        self, stage: Stage, site: str, body: bytes, *, round: int | None = None, attempt: int | None = None
+    ) -> bytes:
+        """Sign a request of this attempt (or, for a key exchange, of the next round)."""
+        return stage_request(
+            self.key, self.study, stage, site, body,
+            round=self.pending.round if round is None else round,
+            attempt=self.pending.attempt if attempt is None else attempt,
+            previous=self.state.record_sha256, nonce=self.pending.nonce,
+        )  # fmt: skip
+
+    def contribute(self, site: str, *, cohort: Sequence[str], opening: bytes = b"") -> bytes:
+        """Sign a site's contribute request with the records that it has not seen."""
+        first = self.pending.histories.get(site, -1) + 1
+        records: list[SignedRecord] = self.opened.records[first : self.pending.round]
+        body = contribute_body(self.state, self.pending, records, cohort=cohort, opening=opening)
+        return self.request(Stage.CONTRIBUTE, site, body)
+
+    def until(self) -> float:
+        """When to stop waiting: the attempt's deadline, or as long again where it was taken up after it."""
+        return max(self.pending.deadline_unix_s, self.clock() + min(60.0, self.study.cohort.deadline_s))
+
+
+def collect_direct(attempt: Attempt) -> Collected:
+    """Ask every site of the attempt for its contribution as it is (modes plain and local, unmasked tests)."""
+    study = attempt.study
+    floats: dict[str, Floats] = {}
+    digests: dict[str, str] = {}
+    units = np.zeros(vector_size(study.adapter.tensors), np.uint32)
+    consortium = study.privacy.mode is Mode.CONSORTIUM
+    adapter = vector_sha256(attempt.state.adapter)
+
+    def accept(site: str, reply: Message) -> None:
+        form = "u32" if consortium else "f32"
+        *_, blob = parse_contribution(reply, site=site, form=form, adapter_sha256=adapter)
+        if consortium:
+            np.add(units, parse_units(blob, study=study, site=site), out=units)
+        else:
+            floats[site] = parse_floats(blob, study=study, site=site)
+        digests[site] = sha256_hex(reply.body)
+
+    requests = {
+        site: attempt.contribute(site, cohort=attempt.pending.cohort) for site in attempt.pending.cohort
+    }
+    outcome = attempt.cohort.exchange(requests, accept=accept, until_unix_s=attempt.until())
+    return (
+        Collected(digests, outcome.missing, units=units)
+        if consortium
+        else Collected(digests, outcome.missing, floats=floats)
+    )
+
+
+class MaskingBook:
+    """The server's rounds of secure aggregation on disk: the one under way and the one being prepared."""
+
+    def __init__(self, directory: Path, study: Study) -> None:
+        self._path = directory / "masking.json"
+        self.total_path = directory / "total.u32"
+        self._study = study
+        self._identities = {site.id: site.message_key for site in study.cohort.site}
+
+    def read(self, round: int, attempt: int) -> ServerRound:
+        """Return the stored machine of a round's attempt, or a new one.
+
+        One that was stored while uploads came in takes them again: the sites resend the same bytes.
+        """
+        terms = round_terms(self._study, round=round, attempt=attempt)
+        state = self._all().get(f"{round}/{attempt}")
+        if state is None:
+            return ServerRound(terms, self._identities)
+        if not state["uploads_closed"]:
+            state = {**state, "uploads": [], "added": [], "adding": None}
+        return ServerRound.from_json(state, terms=terms, identities=self._identities)
+
+    def write(self, *machines: ServerRound) -> None:
+        """Make machines durable; those of rounds behind the first one are dropped."""
+        first = machines[0].terms.round
+        kept = {name: state for name, state in self._all().items() if int(name.split("/")[0]) >= first}
+        for machine in machines:
+            kept[f"{machine.terms.round}/{machine.terms.attempt}"] = machine.to_json()
+        write_atomic(self._path, json.dumps(kept).encode())
+
+    def _all(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        return value
+
+
+def collect_masked(attempt: Attempt, book: MaskingBook, missing: dict[str, str]) -> Collected:
+    """Run one attempt of secure aggregation, naming in `missing` who fell out and why.
+
+    Raises CohortTooSmall, ShareWrong or SecretWrong when it ends without a sum.
+    """
+    pending, study = attempt.pending, attempt.study
+    machine = book.read(pending.round, pending.attempt)
+    following = book.read(pending.round + 1, 1)
+    if machine.stage is ServerStage.KEYS:
+        _long_form(attempt, book, machine, missing)
+    if machine.stage is ServerStage.DEALING:
+        machine.close_shares(adapter=vector_sha256(attempt.state.adapter))
+        book.write(machine, following)
+    size = vector_size(study.adapter.tensors)
+    if machine.stage is ServerStage.UPLOADS:
+        total = np.zeros(size, np.uint32)
+        _take_uploads(attempt, machine, following, total, missing)
+        survivors = machine.close_uploads()
+        write_atomic(book.total_path, total.astype("<u4", copy=False).tobytes())
+        key_set = _close_next_keys(following, study)
+        if key_set is None:
+            following = book.read(pending.round + 1, 1)
+        book.write(machine, following)
+    else:
+        survivors = machine.survivor_set
+        total = np.fromfile(book.total_path, "<u4")
+        key_set = _stored_key_set(following)
+    _take_reveals(attempt, machine, following, format_survivor_set(survivors), key_set, missing)
+    book.write(machine, following)
+    out = np.empty_like(total)
+    machine.unmask(total, out)
+    digests = {receipt.site: receipt.upload.hex() for receipt in survivors.survivors}
+    return Collected(digests, missing, units=out)
+
+
+def _long_form(attempt: Attempt, book: MaskingBook, machine: ServerRound, missing: dict[str, str]) -> None:
+    """Keys and shares as exchanges of their own."""
+
+    def accept_keys(site: str, reply: Message) -> None:
+        _, (keys,) = unpack_body(reply.body, fields={}, parts=1)
+        machine.accept_keys(parse_keys(bytes(keys)))
+
+    requests = {site: attempt.request(Stage.KEYS, site, pack_body({})) for site in attempt.pending.cohort}
+    outcome = attempt.cohort.exchange(requests, accept=accept_keys, until_unix_s=attempt.until())
+    missing.update(outcome.missing)
+    key_set = machine.close_keys()
+    book.write(machine)
+
+    def accept_shares(site: str, reply: Message) -> None:
+        _, (shares,) = unpack_body(reply.body, fields={}, parts=1)
+        machine.accept_shares(parse_shares(bytes(shares)))
+
+    body = pack_body({}, format_key_set(key_set))
+    requests = {site: attempt.request(Stage.SHARES, site, body) for site in key_set.sites}
+    outcome = attempt.cohort.exchange(requests, accept=accept_shares, until_unix_s=attempt.until())
+    missing.update(outcome.missing)
+
+
+def _take_uploads(
+    attempt: Attempt, machine: ServerRound, following: ServerRound, total: Units, missing: dict[str, str]
+) -> None:
+    """Exchange 1: openings out, masked vectors and the next round's keys in."""
+    study = attempt.study
+    adapter = vector_sha256(attempt.state.adapter)
+
+    def accept(site: str, reply: Message) -> None:
+        if reply.header.stage is Stage.KEYS:
+            _, (newcomer,) = unpack_body(reply.body, fields={}, parts=1)
+            following.accept_keys(parse_keys(bytes(newcomer)))
+            return
+        upload, keys, blob = parse_contribution(reply, site=site, form="masked", adapter_sha256=adapter)
+        machine.announce(parse_upload(bytes(upload)))
+        machine.start_adding(site)
+        machine.add(parse_units(blob, study=study, site=site), total)
+        if keys and following.stage is ServerStage.KEYS:
+            following.accept_keys(parse_keys(bytes(keys)))
+
+    openings = machine.openings()
+    requests = {
+        site: attempt.contribute(site, cohort=machine.roster, opening=format_opening(openings[site]))
+        for site in machine.roster
+    }
+    if attempt.pending.round + 1 < study.rounds and following.stage is ServerStage.KEYS:
+        for site in _others(attempt, machine.roster):
+            requests[site] = attempt.request(
+                Stage.KEYS, site, pack_body({}), round=attempt.pending.round + 1, attempt=1
+            )
+    outcome = attempt.cohort.exchange(requests, accept=accept, until_unix_s=attempt.until())
+    missing.update(outcome.missing)
+
+
+def _take_reveals(
+    attempt: Attempt,
+    machine: ServerRound,
+    following: ServerRound,
+    survivor_set: bytes,
+    key_set: KeySet | None,
+    missing: dict[str, str],
+) -> None:
+    """Exchange 2: survivor set and the next round's key set out, reveals and shares in."""
+    encoded = b"" if key_set is None else format_key_set(key_set)
+    members = () if key_set is None else key_set.sites
+
+    def accept(site: str, reply: Message) -> None:
+        if reply.header.stage is Stage.SHARES:
+            _, (dealt,) = unpack_body(reply.body, fields={}, parts=1)
+            following.accept_shares(parse_shares(bytes(dealt)))
+            return
+        _, (reveal, shares) = unpack_body(reply.body, fields={}, parts=2)
+        machine.accept_reveal(parse_reveal(bytes(reveal)))
+        if shares:
+            following.accept_shares(parse_shares(bytes(shares)))
+
+    requests = {}
+    for site in machine.added:
+        own = encoded if site in members else b""
+        requests[site] = attempt.request(Stage.UNMASK, site, pack_body({}, survivor_set, own))
+    for site in members:
+        if site not in requests:
+            body = pack_body({}, encoded)
+            requests[site] = attempt.request(
+                Stage.SHARES, site, body, round=attempt.pending.round + 1, attempt=1
+            )
+    outcome = attempt.cohort.exchange(requests, accept=accept, until_unix_s=attempt.until())
+    missing.update(
+        {site: f"no reveal: {why}" for site, why in outcome.missing.items() if site in machine.added}
+    )
+
+
+def _close_next_keys(following: ServerRound, study: Study) -> KeySet | None:
+    """Close the next round's keys where enough came; else that round uses the long form."""
+    if following.terms.round >= study.rounds or following.stage is not ServerStage.KEYS:
+        return None
+    try:
+        return following.close_keys()
+    except FedRadError:
+        return None
+
+
+def _stored_key_set(following: ServerRound) -> KeySet | None:
+    return following.key_set if following.stage is ServerStage.DEALING else None
+
+
+def _others(attempt: Attempt, roster: Iterable[str]) -> list[str]:
+    return sorted(set(attempt.pending.cohort) - set(roster))
