@@ -143,7 +143,7 @@ def verify_accountants_agree(
     first = epsilon_pld(history, delta=delta)
     if first in (0.0, math.inf):
         return
-    second = epsilon_prv(history, delta=delta, error=min(0.01, tolerance * first / 8))
+    second = epsilon_prv(history, delta=delta, error=min(0.01, AGREEMENT * first / 8))
     if not abs(first - second) <= tolerance * max(first, second):
         raise AccountantsDisagree(
             f"epsilon by PLD is {first:.4f} and by PRV {second:.4f}, more than {tolerance:.0%} apart"

@@ -10,7 +10,7 @@ from typing import Any
 import dp_accounting
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -125,8 +125,7 @@ def test_dequantised_values_are_within_half_a_unit(vector: np.ndarray) -> None:
     assert np.abs(back - vector).max() <= plan.quantum * 0.5000001
 
 
-@settings(deadline=None)
-@given(st.integers(1, 60), st.floats(0.5, 8.0))
+@pytest.mark.parametrize(("sites", "noise"), [(1, 1.0), (7, 8.0), (60, 0.5)])
 def test_sums_of_clamped_contributions_never_wrap(sites: int, noise: float) -> None:
     plan = plan_of(sites=sites, dimension=64, site_noise=noise, release_noise=noise)
     extreme = np.full(64, 1e12)
@@ -306,7 +305,7 @@ def test_a_malformed_plan_is_refused(change: dict[str, Any]) -> None:
         {"local_steps": 2},
         {"units_per_clip": 1 << 30},
         {"sites": 2000},
-        {"units_per_clip": 16},
+        {"units_per_clip": 16, "dimension": 4},
         {"mode": "consortium"},
     ],
 )
