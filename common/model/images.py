@@ -108,8 +108,10 @@ def prepare(picture: object, processor: ImageProcessor) -> NDArray[np.float32]:
         tall, wide = processor.crop
         top, left = (height - tall) // 2, (width - wide) // 2
         shown = shown.crop((left, top, left + wide, top + tall))
-    values = np.asarray(shown, dtype=np.float32) * np.float32(processor.rescale)
-    values = (values - np.array(processor.mean, np.float32)) / np.array(processor.std, np.float32)
+    values = np.array(shown, dtype=np.float32)
+    values *= np.float32(processor.rescale)
+    values -= np.array(processor.mean, np.float32)
+    values /= np.array(processor.std, np.float32)
     return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 

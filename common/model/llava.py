@@ -51,7 +51,8 @@ def embed(model: Any, *, input_ids: torch.Tensor, features: torch.Tensor) -> tor
     projector = llava.model.multi_modal_projector
     kind = next(projector.parameters()).dtype
     projected = projector(features.to(kind)).to(embedded.dtype)
-    return embedded.masked_scatter(places.unsqueeze(-1), projected)
+    filled: torch.Tensor = embedded.masked_scatter(places.unsqueeze(-1), projected)
+    return filled
 
 
 def forward_features(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,7 +162,7 @@ def _add(
     lungs: Mapping[str, Pixels],
     floors: Mapping[str, Pixels],
     rng: np.random.Generator,
-) -> Pixels:
+) -> Any:
     """Paint one finding over the chest (the heart's size is already drawn)."""
     sign = -1.0 if finding.side == "right" else 1.0
     match finding.label:
@@ -205,7 +206,7 @@ def _add(
     return image
 
 
-def _add_device(image: Pixels, device: str, x: Pixels, y: Pixels, rng: np.random.Generator) -> Pixels:
+def _add_device(image: Pixels, device: str, x: Pixels, y: Pixels, rng: np.random.Generator) -> Any:
     if device == "tube":
         length = rng.uniform(-0.40, -0.25)
         return image + 0.5 * np.exp(-(((x - 0.01) / 0.032) ** 2)) * _step(length - y, 0.02)

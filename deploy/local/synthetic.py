@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.data.store import Pair, split_of, write_dataset
 from common.model import phantom_reports, phantoms
@@ -45,28 +46,28 @@ HOSPITALS: Mapping[str, Hospital] = {
         phantoms.Scanner(inverted=True, noise=0.03),
         _mix(0.04, Cardiomegaly=0.45, Edema=0.35, Pleural_Effusion=0.25),
         phantom_reports.Style((2,), remark_rate=0.4),
-        2000,
+        1000,
     ),
     # A trauma centre: dark pictures.
     "east": Hospital(
         phantoms.Scanner(gamma=1.8, noise=0.04),
         _mix(0.04, Pneumothorax=0.40, Support_Devices=0.30, Atelectasis=0.25),
         phantom_reports.Style((0,), remark_rate=0.6, devices_first=True),
-        1800,
+        900,
     ),
     # A cancer centre: pale, soft, cropped pictures.
     "south": Hospital(
         phantoms.Scanner(contrast=0.65, brightness=0.05, zoom=1.18, blur=0.5, shift=(0.02, -0.03)),
         _mix(0.04, Lung_Lesion=0.45, Lung_Opacity=0.25, Pleural_Effusion=0.2),
         phantom_reports.Style((1,), remark_rate=0.3, lungs_first=True),
-        1600,
+        800,
     ),
     # A chest clinic: bright pictures, dark corners.
     "west": Hospital(
         phantoms.Scanner(gamma=0.6, vignette=0.35, noise=0.03),
         _mix(0.04, Lung_Opacity=0.40, Atelectasis=0.25, Edema=0.2, Support_Devices=0.15),
         phantom_reports.Style((3,), remark_rate=0.5),
-        1400,
+        700,
     ),
 }
 
@@ -101,7 +102,7 @@ def hospital_of(site: str, index: int) -> Hospital:
 
 def draw_patient(
     hospital: Hospital, rng: np.random.Generator
-) -> Iterator[tuple[phantoms.Pixels, phantom_reports.Report]]:
+) -> Iterator[tuple[NDArray[np.uint8], phantom_reports.Report]]:
     """Draw a patient's studies, one to three: photographed picture (0-255) and report."""
     visits = 1 + int(rng.choice(3, p=(0.8, 0.15, 0.05)))
     for _ in range(visits):
