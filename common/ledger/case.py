@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from common.config import Mode, Study
+from common.config import Study
 from common.errors import BundleInvalid, FedRadError
 from common.ledger.bundle import Bundle
 from common.ledger.checkpoint import Checkpoint, parse_checkpoint
@@ -24,8 +24,6 @@ from common.ledger.entries import (
 from common.ledger.keys import KeyHistory, key_history
 from common.ledger.merkle import Tree, hash_leaf
 from common.ledger.note import Note, parse_note
-from common.privacy.mechanism import Mode as PlanMode
-from common.privacy.mechanism import PrivacyPlan
 
 
 @dataclass(frozen=True)
@@ -107,30 +105,3 @@ def read_case(bundle: Bundle) -> Case:
             studies[study] = StudyCase(index, study, body, by_study[study])
     keys = key_history(entries, [(i, b.manifest) for i, _, b in opened], operator_key=bundle.log.public.hex())
     return Case(bundle, entries, tree, heads, keys, studies)
-
-
-def plan_of(study: Study) -> PrivacyPlan:
-    """The privacy plan that a manifest fixes; raises PlanInvalid."""
-    training, privacy = study.training, study.privacy
-    return PrivacyPlan(
-        mode={
-            Mode.CONSORTIUM: PlanMode.CONSORTIUM,
-            Mode.LOCAL: PlanMode.LOCAL,
-            Mode.PLAIN: PlanMode.PLAIN,
-        }[privacy.mode],
-        sites=len(study.cohort.site),
-        colluders=privacy.colluders,
-        dropouts=privacy.dropouts,
-        patients=training.patients,
-        sampling_rate=training.sampling_rate,
-        studies_per_patient=training.studies_per_patient,
-        clip_norm=privacy.clip_norm,
-        units_per_clip=privacy.units_per_clip,
-        dimension=sum(tensor.size for tensor in study.adapter.tensors),
-        rounds=study.rounds,
-        spare_rounds=privacy.spare_rounds,
-        local_steps=training.local_steps,
-        site_noise=privacy.site_noise,
-        release_noise=privacy.release_noise,
-        delta=privacy.delta,
-    )

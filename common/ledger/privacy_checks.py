@@ -8,6 +8,7 @@ Needs dp-accounting; without it the recomputation is not checkable and only the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -15,11 +16,13 @@ from importlib.util import find_spec
 
 from common.config import Mode
 from common.errors import FedRadError
-from common.ledger.case import StudyCase, plan_of
+from common.ledger.case import StudyCase
 from common.ledger.entries import Outcome, Release, RoundRecord, StudyEnd
 from common.ledger.findings import Finding, Problem, Problems, Status, conclude
+from common.privacy.accounting import History, epsilon_pld
 from common.privacy.mechanism import Mode as PlanMode
 from common.privacy.mechanism import PrivacyPlan, ServedRound, View
+from common.privacy.study_plan import plan_of
 
 _TOLERANCE = 1e-6
 _EXACT_ROUNDS = 4
@@ -78,16 +81,13 @@ def _served(record: RoundRecord) -> ServedRound:
 
 
 def _accountant(plan: PrivacyPlan) -> Epsilon:
-    """Epsilon by history, remembered: sites that took part in the same rounds share one computation."""
-    known: dict[tuple[object, ...], float] = {}
+    return lambda view, history: _cost(plan.served(view, history), plan.delta)
 
-    def epsilon(view: View, history: tuple[ServedRound, ...]) -> float:
-        key = (view, plan.served(view, history))
-        if key not in known:
-            known[key] = plan.epsilon(view, history)
-        return known[key]
 
-    return epsilon
+@functools.lru_cache(maxsize=1024)
+def _cost(history: History, delta: float) -> float:
+    """Epsilon of a history, remembered: sites that took part in the same rounds share one computation."""
+    return epsilon_pld(history, delta=delta)
 
 
 def _check_site(study: StudyCase, epsilon: Epsilon | None) -> Finding:
@@ -165,9 +165,9 @@ def _check_budgets(study: StudyCase, plan: PrivacyPlan, epsilon: Epsilon | None)
                 problems.add(f"round {body.number}: the release spent {last:.4f}", where)
         elif isinstance(body, Release) and body.site_epsilon < worst * (1 - _TOLERANCE):
             problems.add(f"release {body.version} states a site epsilon below the sites' own", where)
-    if epsilon and plan.epsilon(View.SITE) > site_cap:
+    if epsilon and _cost(plan.planned(View.SITE), plan.delta) > site_cap:
         problems.add("the plan itself costs more than the site budget", f"entry {study.index}")
-    if epsilon and capped and plan.epsilon(View.RELEASE) > release_cap:
+    if epsilon and capped and _cost(plan.planned(View.RELEASE), plan.delta) > release_cap:
         problems.add("the plan itself costs more than the release budget", f"entry {study.index}")
     return conclude(
         "budgets",

@@ -134,8 +134,8 @@ def _study(case: Case, study: StudyCase) -> Iterator[Block]:
         yield Text(
             (
                 f"Unit of privacy: one patient at one site, add or remove one. Mode {privacy.mode.value}: "
-                f"clip {privacy.clip_norm:g}, sampling {manifest.training.sampling_rate:g}, noise multipliers "
-                f"{privacy.site_noise:g} (site view) and {privacy.release_noise:g} (release view), delta "
+                f"clip {privacy.clip_norm:g}, sampling {manifest.training.sampling_rate:g}, noise "
+                f"multipliers {privacy.site_noise:g} (site view) and {privacy.release_noise:g} (release view), delta "
                 f"{privacy.delta:g}. Site epsilon is what the server with {privacy.colluders} colluding "
                 "sites could learn, release epsilon what anyone with the released model could.",
             )
@@ -379,7 +379,8 @@ def _say(entry: Entry) -> str:
     if isinstance(body, RoundRecord):
         return (
             f"round {body.number} attempt {body.attempt} {body.outcome.value}: "
-            f"{len(body.participations)} sites, {len(body.dropouts)} missing, release epsilon {body.release_epsilon:.4f}"
+            f"{len(body.participations)} sites, {len(body.dropouts)} missing, "
+            f"release epsilon {body.release_epsilon:.4f}"
         )
     if isinstance(body, StudyOpened):
         return f"study {body.manifest.study.id} opened"

@@ -10,7 +10,7 @@ from common.canonical import sha256_hex
 from common.config import Mode, Study
 from common.errors import FedRadError
 from common.ledger.bundle import RECORDS_NAME
-from common.ledger.case import Case, StudyCase, plan_of
+from common.ledger.case import Case, StudyCase
 from common.ledger.checkpoint import parse_ledger_proof, verify_ledger_proof
 from common.ledger.entries import (
     Acceptance,
@@ -27,6 +27,7 @@ from common.ledger.entries import (
     verify_contribution,
 )
 from common.ledger.findings import Finding, Problem, Problems, Status, conclude
+from common.privacy.study_plan import plan_of
 from common.records import signed_from_json, verify_chain
 
 ADAPTER_NAME = "adapter_model.safetensors"

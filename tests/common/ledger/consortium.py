@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import struct
@@ -13,7 +14,6 @@ from common.canonical import sha256_hex
 from common.config import Mode, Study, format_study, study_from_mapping
 from common.identity import Purpose, SigningKey
 from common.ledger.bundle import Bundle, make_bundle
-from common.ledger.case import plan_of
 from common.ledger.checkpoint import (
     Checkpoint,
     LedgerProof,
@@ -47,6 +47,7 @@ from common.ledger.merkle import Tree, hash_leaf
 from common.ledger.note import Note, VerifierKey, format_note, merge_signatures
 from common.ledger.study_checks import ADAPTER_NAME, ENTRY_NAME, PROOF_NAME, sum_modulo
 from common.privacy.mechanism import ServedRound, View
+from common.privacy.study_plan import plan_of
 
 ORIGIN = "fedrad.example/ledger"
 START_S = 1_790_000_000
@@ -169,7 +170,8 @@ def round_record(
 ) -> RoundRecord:  # fmt: skip
     released = outcome is Outcome.RELEASED
     sites = [s for s in manifest.site_ids if s not in dropouts]
-    topup = plan_of(manifest).server_topup_sigma_units(len(sites)) if released else 0.0
+    private = released and manifest.privacy.mode is not Mode.PLAIN
+    topup = plan_of(manifest).server_topup_sigma_units(len(sites)) if private else 0.0
     record = RoundRecord(
         number=number, attempt=attempt, outcome=outcome, adapter_in=adapter_in or adapter_name(number),
         adapter_out=adapter_name(number + 1) if released else "", state_out="",
@@ -199,6 +201,7 @@ def open_study(ledger: Ledger) -> None:
     ledger.checkpoint()
 
 
+@functools.cache
 def epsilons(manifest: Study, rounds: int) -> list[tuple[float, float]]:
     """Site and release epsilon after each round, all sites present; exact where the audit looks."""
     plan = plan_of(manifest)
