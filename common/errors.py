@@ -472,3 +472,46 @@ class SumInterrupted(SecureAggregationError):
 
 class RoundAbandoned(SecureAggregationError):
     """The round has ended without a sum."""
+
+
+class LeakGateFailed(FedRadError):
+    """De-identification found too few of the identifiers planted in this site's own reports."""
+
+
+class PatientUnknown(FedRadError):
+    """A patient to withdraw is not in the prepared data."""
+
+
+# --- published releases and the access log (server/releases, client/releases, client/access) ---------------
+
+
+class ReleaseSourceUnreachable(FedRadError):
+    """The release repository cannot be read: no such folder, stick or host."""
+
+
+class ReleaseUnproven(FedRadError):
+    """A release lacks a TUF signature, its ledger proof, or is not the files that were logged."""
+
+
+class ReleaseStale(FedRadError):
+    """The repository shows metadata that has expired or is older than what this site has seen."""
+
+
+class RollbackNotPermitted(FedRadError):
+    """An older version was asked for without a signed permission or a local pin with a reason."""
+
+
+class VersionUnknown(FedRadError):
+    """This site does not hold the release version that was named."""
+
+
+class RepositoryInvalid(FedRadError):
+    """A release repository misses a role, a key or a signature that publishing needs."""
+
+
+class AccessLogInvalid(FedRadError):
+    """The access log is damaged, or its chain does not hold."""
+
+
+class PayloadShredded(FedRadError):
+    """The key of this payload was destroyed; what it said cannot be read any more."""

@@ -80,6 +80,8 @@ def import_(
     else:
         site_key = load_or_create_key(path, fresh=secrets.token_bytes(32))
     chosen, read_source = _reader(format_, source)
+    from client.data.withdrawal import withdrawn
+
     plan = ImportPlan(
         source=source,
         format=chosen,
@@ -89,6 +91,7 @@ def import_(
         max_side=size,
         bits=bits,
         table=table,
+        withdrawn=withdrawn(withdrawn_list(path)),
         keep_priors=keep_priors,
         check_writing=writing,
         workers=workers or os.cpu_count() or 1,
@@ -97,6 +100,90 @@ def import_(
         run = preview_import if dry_run else import_studies
         summary = run(plan, read_source, progress=progress)
     _print_summary(summary, dry_run=dry_run, as_json=json_)
+
+
+@app.command()
+def check(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data folder.")],
+    writing: Annotated[bool, typer.Option("--writing", help="Look for writing in the images again.")] = False,
+    json_: Json = False,
+) -> None:
+    """Verify schema, checksums, orphans, leakage across splits and left-over identifiers."""
+    from dataclasses import asdict
+
+    from client.data.check import check_dataset
+
+    with _progress() as progress:
+        problems = check_dataset(directory, writing=writing, progress=progress)
+    if json_:
+        print(json.dumps({"ok": not problems, "problems": [asdict(problem) for problem in problems]}))
+    else:
+        for problem in problems:
+            print(f"{problem.kind}  {problem.where}")
+        print("no problem found" if not problems else f"{len(problems)} problems")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data folder.")],
+    html: Annotated[Path | None, typer.Option("--html", help="Write a contact sheet to this file.")] = None,
+    count: Annotated[int, typer.Option("--count", min=1, max=500, help="Studies on the sheet.")] = 30,
+    flag: Annotated[str, typer.Option("--flag", help="Only studies with this flag.")] = "",
+    seed: Annotated[int, typer.Option("--seed", help="Which random sample.")] = 1,
+    json_: Json = False,
+) -> None:
+    """Show counts and histograms; with --html a contact sheet of images and reports."""
+    from client.data.show import contact_sheet, describe
+    from common.files import write_atomic
+
+    described = describe(directory)
+    if html is not None:
+        page = contact_sheet(directory, count=count, seed=seed, flag=flag)
+        write_atomic(html, page.encode("utf-8"), mode=0o600)
+        described["html"] = str(html)
+    if json_:
+        print(json.dumps(described, ensure_ascii=False))
+        return
+    for name, value in described.items():
+        if name == "card":
+            continue
+        if isinstance(value, dict):
+            print(name.replace("_", " "))
+            for key, number in value.items():
+                print(f"    {number:6d}  {key}")
+        else:
+            print(f"{name}: {value}")
+
+
+@app.command()
+def drop(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data folder.")],
+    patient: Annotated[str, typer.Option("--patient", help="Hospital identifier or pseudonym.")],
+    key: Annotated[
+        Path | None, typer.Option("--key", help="Site key file; default site.key beside DIR.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Remove a patient who withdrew consent, now and from every later import."""
+    from dataclasses import asdict
+
+    from client.data.sitekey import load_key
+    from client.data.withdrawal import CONSEQUENCE, withdraw
+
+    path = key or directory.absolute().parent / "site.key"
+    done = withdraw(directory.absolute(), patient, key=load_key(path), withdrawn_list=withdrawn_list(path))
+    if json_:
+        print(json.dumps({**asdict(done), "consequence": CONSEQUENCE}))
+    else:
+        print(f"removed {done.studies} studies with {done.images} images of {done.patient}")
+        print(CONSEQUENCE)
+
+
+def withdrawn_list(key: Path) -> Path:
+    """Return the path of the private list of withdrawn patients beside a key file."""
+    return key.with_name(f"{key.stem}.withdrawn")
 
 
 def main() -> None:

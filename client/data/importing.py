@@ -25,7 +25,9 @@ from typing import Any
 
 from client.data.burned_in import tesseract_version
 from client.data.curation import Curation, curate
+from client.data.index import write_index
 from client.data.journal import Journal
+from client.data.leak_gate import SAMPLE, measure_leaks, verify_recall
 from client.data.prepare import Recipe, prepare_study
 from client.data.redaction_rules import RULES_VERSION
 from client.data.reports import PRIORS_VERSION
@@ -68,6 +70,7 @@ class ImportPlan:
     keep_priors: bool = False
     check_writing: bool = True
     workers: int = 1
+    withdrawn: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,7 @@ def preview_import(plan: ImportPlan, read_source: Reader, *, progress: Progress)
         curation = curate_journal(journal, progress=progress)
         counts = Counts()
         preview: list[dict[str, Any]] = []
-        for outcome, pair in decided(journal, curation, plan.key):
+        for outcome, pair in decided(journal, curation, plan):
             counts.add(outcome, pair)
             if pair is not None and len(preview) < PREVIEW:
                 preview.append({**asdict(pair), "where": outcome.where})
@@ -277,12 +280,14 @@ def curate_journal(journal: Journal, *, progress: Progress) -> Curation:
 
 
 def decided(
-    journal: Journal, curation: Curation, key: SiteKey
+    journal: Journal, curation: Curation, plan: ImportPlan
 ) -> Iterator[tuple[Prepared | Dropped, Pair | None]]:
     """Yield each study's final outcome and, where it is kept, its pair with flags in the outcome's facts."""
-    split_key = key.derive("split")
+    split_key = plan.key.derive("split")
     for outcome in journal.outcomes():
-        if isinstance(outcome, Prepared) and outcome.study in curation.dropped:
+        if isinstance(outcome, Prepared) and outcome.patient in plan.withdrawn:
+            yield Dropped(outcome.where, outcome.study, Reason.WITHDRAWN), None
+        elif isinstance(outcome, Prepared) and outcome.study in curation.dropped:
             yield Dropped(outcome.where, outcome.study, curation.dropped[outcome.study]), None
         elif isinstance(outcome, Dropped):
             yield outcome, None
@@ -363,7 +368,7 @@ def seal(plan: ImportPlan, journal: Journal, staging: Path, *, mark: str, progre
     counts = Counts()
     kept_images: set[str] = set()
     with (staging / "drops.jsonl").open("w") as drops, (staging / "facts.jsonl").open("w") as facts:
-        for outcome, pair in decided(journal, curation, plan.key):
+        for outcome, pair in decided(journal, curation, plan):
             counts.add(outcome, pair)
             if isinstance(outcome, Dropped):
                 drops.write(json.dumps(asdict(outcome), sort_keys=True) + "\n")
@@ -378,10 +383,38 @@ def seal(plan: ImportPlan, journal: Journal, staging: Path, *, mark: str, progre
         "import": {**settings_of(plan), "fingerprint": mark},
         "split_fractions": dict(DEFAULT_FRACTIONS),
         "versions": tool_versions(),
+        "leak_gate": gate(journal, curation, plan),
         **counts.card(),
     }
-    pairs = (pair for _, pair in decided(journal, curation, plan.key) if pair is not None)
+    write_index(
+        staging / "index.parquet",
+        (
+            (pair, outcome.facts)
+            for outcome, pair in decided(journal, curation, plan)
+            if isinstance(outcome, Prepared) and pair is not None
+        ),
+    )
+    pairs = (pair for _, pair in decided(journal, curation, plan) if pair is not None)
     seal_dataset(staging, plan.directory, pairs, card=card)
+
+
+def gate(journal: Journal, curation: Curation, plan: ImportPlan) -> dict[str, Any]:
+    """Measure de-identification on reports of this import; raises LeakGateFailed under the levels."""
+    from itertools import islice
+
+    reports = [
+        pair.findings for _, pair in islice(decided(journal, curation, plan), 10 * SAMPLE) if pair is not None
+    ]
+    every = max(1, len(reports) // SAMPLE)
+    score = measure_leaks(
+        reports[::every][:SAMPLE], seed=int.from_bytes(plan.key.derive("leak gate")[:4], "big")
+    )
+    verify_recall(score)
+    return {
+        "known_recall": score.known_recall,
+        "free_recall": score.free_recall,
+        "planted": bucket(score.known_planted),
+    }
 
 
 def summary_of(directory: Path) -> ImportSummary:
@@ -405,7 +438,7 @@ def tool_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("fedrad", "numpy", "pillow", "pydicom", "pylibjpeg", "rapidfuzz"):
+    for name in ("fedrad", "numpy", "pillow", "pydicom", "pylibjpeg", "rapidfuzz", "pyarrow"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

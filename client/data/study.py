@@ -36,6 +36,7 @@ class Reason(StrEnum):
     DUPLICATE_IMAGE = "duplicate-image"
     IMAGE_CONFLICT = "image-of-two-patients"
     BURNED_IN_TEXT = "quarantine-burned-in-text"
+    WITHDRAWN = "consent-withdrawn"
     IDENTIFIER_LEFT = "quarantine-identifier-left"
 
 
