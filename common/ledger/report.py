@@ -135,9 +135,9 @@ def _study(case: Case, study: StudyCase) -> Iterator[Block]:
             (
                 f"Unit of privacy: one patient at one site, add or remove one. Mode {privacy.mode.value}: "
                 f"clip {privacy.clip_norm:g}, sampling {manifest.training.sampling_rate:g}, noise "
-                f"multipliers {privacy.site_noise:g} (site view) and {privacy.release_noise:g} (release view), delta "
-                f"{privacy.delta:g}. Site epsilon is what the server with {privacy.colluders} colluding "
-                "sites could learn, release epsilon what anyone with the released model could.",
+                f"multipliers {privacy.site_noise:g} (site view) and {privacy.release_noise:g} (release "
+                f"view), delta {privacy.delta:g}. Site epsilon is what the server with {privacy.colluders} "
+                "colluding sites could learn, release epsilon what anyone with the released model could.",
             )
         )
         yield _privacy_chart(study)

@@ -45,6 +45,7 @@ from common.ledger.entries import (
 )
 from common.ledger.merkle import Tree, hash_leaf
 from common.ledger.note import Note, VerifierKey, format_note, merge_signatures
+from common.ledger.release_proof import STUDY_NAME
 from common.ledger.study_checks import ADAPTER_NAME, ENTRY_NAME, PROOF_NAME, sum_modulo
 from common.privacy.mechanism import ServedRound, View
 from common.privacy.study_plan import plan_of
@@ -233,15 +234,19 @@ def adapter_name(number: int) -> str:
     return hashlib.sha256(struct.pack("<4f", number, 1.0, 2.0, 3.0)).hexdigest()
 
 
-def release_files(number: int) -> dict[str, bytes]:
-    return {ADAPTER_NAME: adapter_file(number + 1), "model-card.md": b"# Model card\n"}
+def release_files(number: int, manifest: Study) -> dict[str, bytes]:
+    return {
+        ADAPTER_NAME: adapter_file(number + 1),
+        "model-card.md": b"# Model card\n",
+        STUDY_NAME: format_study(manifest),
+    }
 
 
 def add_release(
     ledger: Ledger, number: int, *, version: int = 1, site: float, epsilon: float
 ) -> tuple[int, dict[str, bytes]]:
     """Log, checkpoint and prove a release of the adapter of round `number`; returns index and files."""
-    files = release_files(number)
+    files = release_files(number, ledger.manifest)
     listed = [ReleasedFile(path=p, bytes=len(d), sha256=sha256_hex(d)) for p, d in sorted(files.items())]
     body = Release(
         version=version, adapter=adapter_name(number + 1), number=number, base="tiny", site_epsilon=site,

@@ -474,7 +474,7 @@ def with_release(change: Callable[[dict[str, bytes]], None]) -> Bundle:
 
 def test_release_not_in_the_ledger_is_caught() -> None:
     def add(members: dict[str, bytes]) -> None:
-        members |= {f"releases/2/{path}": data for path, data in release_files(1).items()}
+        members |= {f"releases/2/{path}": data for path, data in release_files(1, study()).items()}
 
     assert set(failed(with_release(add))) == {"release-logged"}
 
@@ -657,7 +657,8 @@ def site_record(
 ) -> SiteRecord:
     known: dict[str, Any] = {
         "study": ledger.manifest.sha256, "round": entry.number, "attempt": entry.attempt,
-        "previous": previous,         "adapter_in": entry.adapter_in, "adapter_out": entry.adapter_out, "cohort": entry.cohort,
+        "previous": previous, "adapter_in": entry.adapter_in, "adapter_out": entry.adapter_out,
+        "cohort": entry.cohort,
         "contributors": entry.cohort, "missing": {},
         "contributions": {s: sha256_hex(s.encode()) for s in entry.cohort}, "groups": ("projector",),
         "learning_rate": 0.001, "sampling_rate": entry.sampling_rate, "patients": entry.patients,

@@ -179,7 +179,7 @@ def test_a_site_signs_its_own_numbers_in_a_round_record() -> None:
         (dataclasses.replace(record, clip_norm=2.0), part),
         (dataclasses.replace(record, sampling_rate=0.01), part),
         (dataclasses.replace(record, adapter_in="00" * 32), part),
-        (dataclasses.replace(record, attempt=1), part),
+        (dataclasses.replace(record, attempt=2), part),
     ]:
         with pytest.raises(SignatureInvalid):
             verify_contribution(STUDY.sha256, bad_record, bad_part, key_of("amber").public)

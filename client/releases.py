@@ -1,0 +1,290 @@
+"""Released models at a site: pulled through TUF and a ledger proof, switched atomically, decisions kept.
+
+    trust/root.json  ledger.json       the pinned TUF root and whose log is believed
+    tuf/                               metadata seen so far (python-tuf)
+    versions/<n>/                      a release with its ledger entry and proof
+    current.json                       the version in use and the one before
+    decisions.jsonl                    every switch: when, from, to, why
+
+Guarantees: a version gets into `versions/` only with a valid TUF signature chain and a ledger proof under the
+witness quorum; `current.json` names only verified versions; a lower version needs a permission in the ledger
+or a local pin with a reason. It runs nothing: see `common/model/release.py` and `client/serving`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from common.canonical import canonical_json
+from common.errors import (
+    FedRadError,
+    ReleaseSourceUnreachable,
+    ReleaseStale,
+    ReleaseUnproven,
+    RollbackNotPermitted,
+    VersionUnknown,
+)
+from common.files import append_durable, sync_directory, write_atomic
+from common.ledger.entries import Release
+from common.ledger.release_proof import (
+    LedgerTrust,
+    format_trust,
+    parse_trust,
+    verify_release_folder,
+    verify_rollback,
+)
+
+MAX_TARGET_BYTES = 2 << 30
+_TARGET = re.compile(r"v([1-9]\d{0,6})/([A-Za-z0-9][A-Za-z0-9._-]{0,99})")
+_PIN_REASON = re.compile(r"[^\x00-\x1f]{1,200}")
+
+
+@dataclass(frozen=True)
+class Current:
+    """The version in use, and the one to go back to (0 for none)."""
+
+    version: int
+    previous: int
+
+
+class ModelStore:
+    """The releases of one site; one process at a time switches versions."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def trust(self, root: bytes, ledger: LedgerTrust) -> None:
+        """Pin the TUF root and the ledger trust; an existing pin is never replaced."""
+        folder = self.directory / "trust"
+        for name, data in (("root.json", root), ("ledger.json", format_trust(ledger))):
+            path = folder / name
+            if path.exists() and path.read_bytes() != data:
+                raise ReleaseUnproven(
+                    f"{path}: expected the pinned one, got another; a pin is never replaced"
+                )
+            write_atomic(path, data)
+
+    @property
+    def ledger(self) -> LedgerTrust:
+        path = self.directory / "trust" / "ledger.json"
+        if not path.is_file():
+            raise ReleaseUnproven(f"{path}: expected the ledger trust, got none; enrol first")
+        return parse_trust(path.read_bytes())
+
+    def versions(self) -> list[int]:
+        folder = self.directory / "versions"
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+    def folder(self, version: int) -> Path:
+        """Return a held version's folder; raises VersionUnknown."""
+        path = self.directory / "versions" / str(version)
+        if not path.is_dir():
+            raise VersionUnknown(f"expected one of versions {self.versions()}, got {version}; pull it first")
+        return path
+
+    def current(self) -> Current | None:
+        path = self.directory / "current.json"
+        return Current(**json.loads(path.read_text())) if path.is_file() else None
+
+    def decisions(self) -> list[dict[str, Any]]:
+        path = self.directory / "decisions.jsonl"
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+
+    def pull(self, source: str, *, version: int | None = None, allow_unprotected: bool = False) -> int:
+        """Fetch a version (default: the newest) from an https URL or a folder; returns the version.
+
+        Raises ReleaseSourceUnreachable, ReleaseStale (expired or rolled-back metadata), ReleaseUnproven or
+        VersionUnknown. Nothing of an unproven release stays on disk.
+        """
+        updater = self._updater(source)
+        names = _refreshed(updater, self.directory / "tuf")
+        offered = sorted({int(m.group(1)) for m in map(_TARGET.fullmatch, names) if m})
+        if not offered or (version is not None and version not in offered):
+            raise VersionUnknown(f"expected one of the published versions {offered}, got {version or 'none'}")
+        chosen = version or offered[-1]
+        self._fetch_rollbacks(updater, names)
+        final = self.directory / "versions" / str(chosen)
+        if final.is_dir():
+            self.verify(chosen, allow_unprotected=allow_unprotected)
+            return chosen
+        staging = self.directory / "versions" / f".{chosen}.partial"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            for name in sorted(names):
+                match = _TARGET.fullmatch(name)
+                if match and int(match.group(1)) == chosen:
+                    _download(updater, name, staging / match.group(2))
+            verify_release_folder(staging, self.ledger, version=chosen, allow_unprotected=allow_unprotected)
+            os.replace(staging, final)
+            sync_directory(final.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return chosen
+
+    def verify(self, version: int, *, allow_unprotected: bool = False) -> Release:
+        """Verify a held version again, file by file, against the ledger; raises ReleaseUnproven."""
+        folder = self.folder(version)
+        return verify_release_folder(
+            folder, self.ledger, version=version, allow_unprotected=allow_unprotected
+        )[0]
+
+    def use(
+        self, version: int, *, time_s: int, by: str, pin_reason: str = "", allow_unprotected: bool = False
+    ) -> Current:
+        """Switch to a held version; a lower one needs a logged permission or `pin_reason`.
+
+        Raises ReleaseUnproven, VersionUnknown or RollbackNotPermitted. The switch is one atomic rename.
+        """
+        self.verify(version, allow_unprotected=allow_unprotected)
+        before = self.current()
+        if before is not None and before.version == version:
+            return before
+        why = "newer"
+        if before is not None and version < before.version:
+            why = self._permission(before.version, version, pin_reason)
+        elif pin_reason:
+            why = f"pin: {_checked_reason(pin_reason)}"
+        now = Current(version, before.version if before else 0)
+        self._decide(time_s=time_s, frm=now.previous, to=version, why=why, by=by)
+        write_atomic(self.directory / "current.json", canonical_json(asdict(now)))
+        return now
+
+    def rollback(self, *, time_s: int, by: str, pin_reason: str = "") -> Current:
+        """Go back to the previous version, by a logged permission or a local pin with a reason."""
+        current = self.current()
+        if current is None or not current.previous:
+            raise VersionUnknown("expected a previous version to go back to, got none")
+        return self.use(current.previous, time_s=time_s, by=by, pin_reason=pin_reason)
+
+    def _permission(self, frm: int, to: int, pin_reason: str) -> str:
+        path = self.directory / "rollbacks" / f"{frm}-{to}.json"
+        if path.is_file():
+            value = json.loads(path.read_text())
+            body = verify_rollback(
+                value["entry"].encode(), value["proof"].encode(), self.ledger, frm=frm, to=to
+            )
+            return f"permitted: {body.code}"
+        if pin_reason:
+            return f"pin: {_checked_reason(pin_reason)}"
+        raise RollbackNotPermitted(
+            f"expected a signed permission to go from version {frm} back to {to}, or a pin with a reason "
+            "(--pin), got neither"
+        )
+
+    def _decide(self, *, time_s: int, frm: int, to: int, why: str, by: str) -> None:
+        line = canonical_json({"by": by, "frm": frm, "time_s": time_s, "to": to, "why": why})
+        append_durable(self.directory / "decisions.jsonl", line + b"\n")
+
+    def _fetch_rollbacks(self, updater: Any, names: frozenset[str]) -> None:
+        for name in sorted(names):
+            match = re.fullmatch(r"rollbacks/(\d{1,7}-\d{1,7}\.json)", name)
+            if match:
+                (self.directory / "rollbacks").mkdir(exist_ok=True)
+                _download(updater, name, self.directory / "rollbacks" / match.group(1))
+
+    def _updater(self, source: str) -> Any:
+        from tuf.api import exceptions
+        from tuf.ngclient import Updater
+
+        root = self.directory / "trust" / "root.json"
+        if not root.is_file():
+            raise ReleaseUnproven(f"{root}: expected the pinned root, got none; enrol first")
+        base, fetcher = _source(source)
+        (self.directory / "tuf").mkdir(parents=True, exist_ok=True)
+        try:
+            return Updater(
+                metadata_dir=str(self.directory / "tuf"),
+                metadata_base_url=f"{base}/metadata/",
+                target_base_url=f"{base}/targets/",
+                fetcher=fetcher,
+                bootstrap=root.read_bytes(),
+            )
+        except (exceptions.RepositoryError, exceptions.DownloadError) as error:
+            raise _named(error) from error
+
+
+def _source(source: str) -> tuple[str, Any]:
+    """Return base URL and fetcher: https as it is, a folder or stick by reading files."""
+    parts = urlsplit(source)
+    if parts.scheme == "https":
+        return source.rstrip("/"), None
+    if parts.scheme not in ("", "file"):
+        raise ReleaseSourceUnreachable(f"expected an https URL or a folder, got scheme {parts.scheme!r}")
+    folder = Path(unquote(parts.path) if parts.scheme else source).absolute()
+    if not (folder / "metadata").is_dir():
+        raise ReleaseSourceUnreachable(f"{folder}: expected a release repository (metadata/), got none")
+    return folder.as_uri(), _folder_fetcher(folder)
+
+
+def _folder_fetcher(folder: Path) -> Any:
+    from tuf.api.exceptions import DownloadHTTPError
+    from tuf.ngclient import FetcherInterface
+
+    root = folder.resolve()
+
+    class FolderFetcher(FetcherInterface):
+        """Reads files under one folder; anything that leads out of it is not found."""
+
+        def _fetch(self, url: str) -> Iterator[bytes]:
+            path = Path(unquote(urlsplit(url).path)).resolve()
+            if not path.is_relative_to(root) or not path.is_file():
+                raise DownloadHTTPError(f"{path.name}: not in the repository", 404)
+            return self._blocks(path)
+
+        def _blocks(self, path: Path) -> Iterator[bytes]:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    yield block
+
+    return FolderFetcher()
+
+
+def _refreshed(updater: Any, metadata: Path) -> frozenset[str]:
+    """Run TUF's client workflow and return the target names of the verified targets metadata."""
+    from tuf.api import exceptions
+    from tuf.api.metadata import Metadata, Targets
+
+    try:
+        updater.refresh()
+    except (exceptions.RepositoryError, exceptions.DownloadError) as error:
+        raise _named(error) from error
+    targets: Metadata[Targets] = Metadata.from_file(str(metadata / "targets.json"))
+    return frozenset(targets.signed.targets)
+
+
+def _download(updater: Any, name: str, path: Path) -> None:
+    from tuf.api import exceptions
+
+    try:
+        info = updater.get_targetinfo(name)
+        if info is None or info.length > MAX_TARGET_BYTES:
+            raise ReleaseUnproven(f"{name}: expected a target of at most {MAX_TARGET_BYTES} bytes")
+        updater.download_target(info, str(path))
+    except (exceptions.RepositoryError, exceptions.DownloadError) as error:
+        raise _named(error) from error
+
+
+def _named(error: Exception) -> FedRadError:
+    """Name an error of python-tuf."""
+    from tuf.api import exceptions
+
+    if isinstance(error, exceptions.ExpiredMetadataError | exceptions.BadVersionNumberError):
+        return ReleaseStale(f"release repository: {error}")
+    if isinstance(error, exceptions.RepositoryError | exceptions.DownloadLengthMismatchError):
+        return ReleaseUnproven(f"release repository: {error}")
+    return ReleaseSourceUnreachable(f"release repository: {error}")
+
+
+def _checked_reason(reason: str) -> str:
+    if not _PIN_REASON.fullmatch(reason):
+        raise RollbackNotPermitted("expected a reason in one line of at most 200 characters")
+    return reason
