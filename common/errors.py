@@ -254,6 +254,10 @@ class UnknownNode(EngineFailed):
     """A message is addressed to a node that the grid does not have."""
 
 
+class RelayInvalid(FedRadError):
+    """Flower records do not hold one envelope in the parts that the relay makes."""
+
+
 class ProcessDied(EngineFailed):
     """A process that the engine needs ended by itself; the message names it and ends with its log."""
 

@@ -278,6 +278,7 @@ class _Start:
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(self._tuning.task_poll_s),
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "2",  # threads that each keep a heap of 20 MB messages add up to gigabytes
         }
 
 

@@ -1,7 +1,8 @@
 """Seconds and memory per message exchange: FedRad's engines beside plain Flower in the same run.
 
-An exchange is 20 MB down to every site and 20 MB of other bytes back. FedRad's side is the relay contract
-(one record with an envelope) on its two engines; plain Flower is its own FedAvg strategy on arrays, with
+An exchange is 20 MB down to every site and 20 MB of other bytes back (in process: the
+same bytes, so that nothing but the engine takes time). FedRad's side is the relay contract (`common.relay`)
+on its two engines; plain Flower is its own FedAvg strategy on arrays, with
 Flower's default settings, on the same TLS, node authentication and SQLite state. The first exchange of a run
 warms up and is left out; the median of the others counts. Takes six to ten minutes on two cores.
 
@@ -60,7 +61,7 @@ def _in_process(sites: int, progress: Progress) -> float:
         for number in range(1 + _EXCHANGES):
             envelope = echo_server.payload(number, SIZE)
             start = time.perf_counter()
-            echo_server.ask(grid, list(grid.get_node_ids()), "turn", envelope)
+            echo_server.ask(grid, list(grid.get_node_ids()), "echo", envelope)
             seconds.append(time.perf_counter() - start)
 
     nodes = {100 + number: {"site": f"site{number}", "agent": "none"} for number in range(sites)}

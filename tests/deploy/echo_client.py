@@ -8,13 +8,14 @@ import time
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from common.relay import join_envelope, split_envelope
+
 app = ClientApp()
 
 
 @app.query("relay")
 def relay(message: Message, context: Context) -> Message:
-    record = message.content["fedrad"]
-    stage, envelope = str(record["stage"]), record["envelope"]
+    stage, envelope = join_envelope(message.content)
     if stage == "fail":
         raise ValueError("asked to fail")
     if stage == "sleep":
@@ -26,6 +27,5 @@ def relay(message: Message, context: Context) -> Message:
         envelope = name + envelope[::-1][len(name) :]
     if stage == "heavy":
         envelope = ",".join(name for name in ("torch", "transformers") if name in sys.modules).encode()
-    return Message(
-        RecordDict({"fedrad": ConfigRecord({"stage": stage, "envelope": envelope})}), reply_to=message
-    )
+    records = {key: ConfigRecord(fields) for key, fields in split_envelope(stage, envelope).items()}
+    return Message(RecordDict(records), reply_to=message)

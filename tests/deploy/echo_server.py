@@ -12,6 +12,8 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from common.relay import join_envelope, split_envelope
+
 app = ServerApp()
 
 
@@ -33,10 +35,8 @@ def main(grid: Grid, context: Context) -> None:
 
 def ask(grid: Grid, nodes: list[int], stage: str, envelope: bytes) -> dict[int, bytes]:
     """Send one stage to all nodes and return the reply envelopes, errors as text."""
-    record = {"stage": stage, "envelope": envelope}
-    messages = [
-        Message(RecordDict({"fedrad": ConfigRecord(dict(record))}), node, "query.relay") for node in nodes
-    ]
+    records = {key: ConfigRecord(fields) for key, fields in split_envelope(stage, envelope).items()}
+    messages = [Message(RecordDict(dict(records)), node, "query.relay") for node in nodes]
     waiting = set(grid.push_messages(messages))
     replies: dict[int, bytes] = {}
     while waiting:
@@ -46,7 +46,7 @@ def ask(grid: Grid, nodes: list[int], stage: str, envelope: bytes) -> dict[int, 
             if reply.has_error():
                 replies[node] = f"error {reply.error.code}: {reply.error.reason}".encode()
             else:
-                replies[node] = reply.content["fedrad"]["envelope"]
+                replies[node] = join_envelope(reply.content)[1]
         time.sleep(0.1 if waiting else 0.0)
     return replies
 
