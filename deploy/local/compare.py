@@ -16,10 +16,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from client.contribution import draw_patients, round_randomness
 from client.data.store import Pair, read_pairs
@@ -29,7 +31,11 @@ from client.models import ModelPool
 from client.training import Draw, TrainingData, gradient_sum, prepare_training
 from common.config import Study
 from common.files import write_atomic
-from common.model.lora import Vector, read_adapter, vector_from_bytes, vector_to_bytes
+from common.model.lora import Vector, group_mask, read_adapter, vector_from_bytes, vector_to_bytes
+from common.privacy.mechanism import Mode as PlanMode
+from common.privacy.mechanism import PrivacyPlan, dequantise, privatise
+from common.privacy.sampling import Csprng
+from common.privacy.study_plan import plan_of
 from common.schedule import active_groups, learning_rate
 from server.checkpoint import read_signed_study
 from server.optimizer import initial_state, take_step
@@ -103,6 +109,7 @@ def train_centrally(
         offset_of[site] = offset
         offset += len(data.examples)
     vector, state = initial, initial_state(study)
+    plan = central_plan(study) if private else None
     for round in range(study.rounds):
         draw: list[tuple[str, Sequence[int]]] = []
         for site, data in sorted(parts.items()):
@@ -119,6 +126,8 @@ def train_centrally(
             clip_norm=study.privacy.clip_norm if private else None,
             microbatch_patients=study.training.microbatch_patients,
         )
+        if plan is not None:
+            total = _noised(total, study, plan, round=round, seed=random_bytes(32))
         vector, state, _ = take_step(
             study,
             vector,
@@ -129,6 +138,29 @@ def train_centrally(
         )
         progress(round + 1, study.rounds)
     return vector
+
+
+def central_plan(study: Study) -> PrivacyPlan:
+    """The plan of the pooled site: all of the release's noise on one sum, and no other party."""
+    plan = plan_of(study)
+    return replace(
+        plan,
+        mode=PlanMode.LOCAL,
+        sites=1,
+        colluders=0,
+        dropouts=0,
+        local_steps=1,
+        site_noise=plan.release_noise,
+    )
+
+
+def _noised(
+    total: npt.NDArray[np.float64], study: Study, plan: PrivacyPlan, *, round: int, seed: bytes
+) -> npt.NDArray[np.float64]:
+    trained = group_mask(study.adapter.tensors, active_groups(study, round))
+    noised = np.zeros_like(total)
+    noised[trained] = dequantise(privatise(total[trained], plan, Csprng(seed)), plan)
+    return noised
 
 
 def held_out(home: SiteHome, split: str, *, limit: int) -> tuple[Pair, ...]:

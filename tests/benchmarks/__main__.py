@@ -1,0 +1,34 @@
+"""`python -m tests.benchmarks [NAME …]`: run benchmarks and print one flat JSON object; progress on stderr."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+
+NAMES = ("dp_step", "noise", "secagg", "rounds", "ledger", "import", "generate")
+
+
+def main() -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    wanted = sys.argv[1:] or list(NAMES)
+    unknown = [name for name in wanted if name not in NAMES]
+    if unknown:
+        print(f"expected benchmarks among {', '.join(NAMES)}, got {unknown[0]!r}", file=sys.stderr)
+        return 2
+    figures: dict[str, float] = {}
+    for name in wanted:
+        module = f"tests.benchmarks.{'import_' if name == 'import' else name}"
+        if importlib.util.find_spec(module) is None:
+            print(f"{name}: not built yet", file=sys.stderr)
+            continue
+        print(f"{name}: running", file=sys.stderr, flush=True)
+        figures |= importlib.import_module(module).run(lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
