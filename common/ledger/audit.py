@@ -15,7 +15,7 @@ from typing import Any
 
 from common.canonical import sha256_hex
 from common.errors import FedRadError
-from common.ledger import log_checks, study_checks
+from common.ledger import log_checks, output_checks, study_checks
 from common.ledger.bundle import Bundle, pack, read_bundle
 from common.ledger.case import Case, read_case
 from common.ledger.findings import Finding, Problem, Status, conclude
@@ -83,7 +83,7 @@ def verify_bundle(
         log_checks.check_signatures,
         log_checks.check_enrolment,
         log_checks.check_studies_are_open,
-        study_checks.check_release_members,
+        output_checks.check_release_members,
     ):
         findings.append(check(case))
     for study in case.studies.values():
@@ -96,9 +96,9 @@ def verify_bundle(
             study_checks.check_mechanism(study),
             *check_privacy(study),
             study_checks.check_code(study),
-            study_checks.check_releases(case, study),
-            study_checks.check_records(case, study),
-            study_checks.check_retained(case, study),
+            output_checks.check_releases(case, study),
+            output_checks.check_records(case, study),
+            output_checks.check_retained(case, study),
             study_checks.check_end(study),
         ]
     return AuditReport(digest, tuple(findings), case)

@@ -14,13 +14,7 @@ from common.config import Study
 from common.errors import BundleInvalid, FedRadError
 from common.ledger.bundle import Bundle
 from common.ledger.checkpoint import Checkpoint, parse_checkpoint
-from common.ledger.entries import (
-    Body,
-    Entry,
-    RoundRecord,
-    StudyOpened,
-    parse_entry,
-)
+from common.ledger.entries import Body, Entry, RoundRecord, StudyOpened, parse_entry
 from common.ledger.keys import KeyHistory, key_history
 from common.ledger.merkle import Tree, hash_leaf
 from common.ledger.note import Note, parse_note

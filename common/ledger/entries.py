@@ -9,17 +9,14 @@ business (`audit.py`).
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, TypeAlias
 
 from common.canonical import canonical_json, parse_canonical
 from common.config import Study, format_study, parse_study
-from common.errors import EntryInvalid, FedRadError, SignatureInvalid
-from common.identity import Purpose, SigningKey, verify_signature
+from common.errors import EntryInvalid, FedRadError
 from common.ledger.fields import SITE_PATTERN, build, hex64, plain, ranged, site_id, text
 
 VERSION = 1
@@ -156,7 +153,7 @@ class KeyCompromise:
 
 @dataclass(frozen=True, kw_only=True)
 class Participation:
-    """One site's contribution as the site itself signed it; see `contribution_statement`.
+    """One site's contribution as the site itself signed it; see `statements.py`.
 
     `sigma_units` is the width of its noise share in integer units, `epsilon` the site's own spending with
     this round charged, `summed` whether the contribution is part of the aggregate.
@@ -361,87 +358,12 @@ class _Head:
     time_s: int = ranged(0, _MAX_TIME_S)
 
 
-# --- signatures -------------------------------------------------------------------------------------------
-
-
-def sign_entry(entry: Entry, *, signer: str, key: SigningKey) -> Entry:
-    """Return the entry with one more signature."""
-    value = key.sign(Purpose.ENTRY, _signed_bytes(entry)).hex()
-    return replace(entry, signatures=(*entry.signatures, EntrySignature(signer, key.public, value)))
-
-
-def add_signatures(entry: Entry, signatures: Iterable[EntrySignature]) -> Entry:
-    """Return the entry with signatures that others made over the same kind, study and body."""
-    return replace(entry, signatures=(*entry.signatures, *signatures))
-
-
-def verify_entry_signature(entry: Entry, signature: EntrySignature) -> None:
-    """Raise SignatureInvalid unless the key named in the signature signed this entry."""
-    verify_signature(signature.key, Purpose.ENTRY, _signed_bytes(entry), bytes.fromhex(signature.value))
-
-
-def verify_signed_by(entry: Entry, *, signer: str, public_hex: str) -> None:
-    """Raise SignatureInvalid unless `signer` signed the entry with exactly this key."""
-    for signature in entry.signatures:
-        if signature.signer == signer and signature.key == public_hex:
-            verify_entry_signature(entry, signature)
-            return
-    raise SignatureInvalid(
-        f"{entry.kind}: expected a signature of {signer} by key {public_hex[:16]}…, got none"
-    )
-
-
-def contribution_statement(study: str, record: RoundRecord, participation: Participation) -> bytes:
-    """Return what a site signs (Purpose.CONTRIBUTION) about its contribution.
-
-    It names study, round, attempt, the adapter it started from, its commitment, and the clipping, sampling
-    and noise it applied, so that an operator cannot rewrite any of them later.
-    """
-    return canonical_json(
-        {
-            "adapter_in": record.adapter_in,
-            "attempt": record.attempt,
-            "clip_norm": record.clip_norm,
-            "commitment": participation.commitment,
-            "epsilon": participation.epsilon,
-            "number": record.number,
-            "patients": record.patients,
-            "sampling_rate": record.sampling_rate,
-            "site": participation.site,
-            "sigma_units": participation.sigma_units,
-            "study": study,
-        }
-    )
-
-
-def verify_contribution(study: str, record: RoundRecord, participation: Participation, public: str) -> None:
-    """Raise SignatureInvalid unless the site signed exactly these values."""
-    message = contribution_statement(study, record, participation)
-    verify_signature(public, Purpose.CONTRIBUTION, message, bytes.fromhex(participation.signature))
-
-
-def commit(opening: bytes, data: bytes | memoryview) -> str:
-    """Return the keyed commitment HMAC-SHA256(opening, data) in hex; `opening` is 32 random bytes."""
-    if len(opening) != 32:
-        raise EntryInvalid(f"expected an opening of 32 bytes, got {len(opening)}")
-    return hmac.new(opening, data, hashlib.sha256).hexdigest()
-
-
-def bucket(count: int) -> str:
-    """Return the bucket of a count: what may be published instead of the count."""
-    if count < 0:
-        raise EntryInvalid("expected a count of at least 0")
-    if count < 10:
-        return BUCKETS[0]
-    lows = [int(name.rstrip("+").split("-")[0]) for name in BUCKETS[1:]]
-    return BUCKETS[sum(count >= low for low in lows)]
+def signed_bytes(entry: Entry) -> bytes:
+    """Return what a signature on an entry covers: kind, study and body."""
+    return canonical_json({"body": _plain_body(entry.body), "kind": entry.kind, "study": entry.study})
 
 
 # --- inside -----------------------------------------------------------------------------------------------
-
-
-def _signed_bytes(entry: Entry) -> bytes:
-    return canonical_json({"body": _plain_body(entry.body), "kind": entry.kind, "study": entry.study})
 
 
 def _plain_body(body: Body) -> Any:

@@ -10,15 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.config import Study
-from common.ledger.entries import (
-    OPERATOR,
-    Enrolment,
-    Entry,
-    KeyCompromise,
-    KeyUse,
-    Revocation,
-    Rotation,
-)
+from common.ledger.entries import OPERATOR, Enrolment, Entry, KeyCompromise, KeyUse, Revocation, Rotation
 
 _FOREVER = 1 << 62
 

@@ -25,10 +25,10 @@ from common.ledger.entries import (
     RoundRecord,
     StudyEnd,
     StudyOpened,
-    verify_entry_signature,
 )
 from common.ledger.findings import Finding, Problem, Problems, Status, conclude
 from common.ledger.note import VerifierKey, find_signature, format_verifier_key
+from common.ledger.statements import verify_entry_signature
 
 CLOCK_SKEW_S = 600
 

@@ -108,8 +108,21 @@ def parse_note(data: bytes) -> Note:
 
 def format_note(note: Note) -> bytes:
     """Encode a note; the inverse of `parse_note`."""
-    lines = [f"— {s.name} {base64.b64encode(s.key_id + s.value).decode()}\n" for s in note.signatures]
-    return (note.text + "\n" + "".join(lines)).encode()
+    return (note.text + "\n").encode() + b"".join(map(format_signature_line, note.signatures))
+
+
+def parse_signature_line(line: bytes) -> Signature:
+    """Parse one signature line as a witness returns it; raises NoteInvalid."""
+    (signature,) = parse_note(b"line\n\n" + line).signatures[:1]
+    if format_signature_line(signature) != line:
+        raise NoteInvalid("expected exactly one signature line")
+    return signature
+
+
+def format_signature_line(signature: Signature) -> bytes:
+    """Encode one signature line with its newline."""
+    blob = base64.b64encode(signature.key_id + signature.value).decode()
+    return f"— {signature.name} {blob}\n".encode()
 
 
 def parse_verifier_key(text: str) -> VerifierKey:

@@ -21,17 +21,10 @@ from common.ledger.checkpoint import (
     verify_ledger_proof,
     witness_key,
 )
-from common.ledger.entries import (
-    OPERATOR,
-    Entry,
-    Release,
-    ReleasedFile,
-    ReleaseRollback,
-    parse_entry,
-    verify_signed_by,
-)
+from common.ledger.entries import OPERATOR, Entry, Release, ReleasedFile, ReleaseRollback, parse_entry
 from common.ledger.note import VerifierKey, format_verifier_key, parse_verifier_key
-from common.ledger.study_checks import ADAPTER_NAME, ENTRY_NAME, PROOF_NAME, adapter_sha256
+from common.ledger.output_checks import ADAPTER_NAME, ENTRY_NAME, PROOF_NAME, adapter_sha256
+from common.ledger.statements import verify_signed_by
 
 STUDY_NAME = "study.json"
 MAX_PROOF_FILE_BYTES = 6 << 20

@@ -1,4 +1,4 @@
-"""A CycloneDX 1.6 list of the running code: every installed distribution with version and licence.
+"""What code is running: a CycloneDX 1.6 list, and the two hashes that study and round entries carry.
 
 Guarantees: sorted and without a time or serial number, so the same environment gives the same bytes. It lists
 what is installed, not what was imported, and does not look inside a distribution.
@@ -7,10 +7,13 @@ what is installed, not what was imported, and does not look inside a distributio
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from importlib.metadata import distributions
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from common.canonical import canonical_json
+from common.canonical import canonical_json, sha256_hex
 
 
 def make_sbom() -> bytes:
@@ -40,3 +43,20 @@ def make_sbom() -> bytes:
             "version": 1,
         }
     )
+
+
+def code_sha256(packages: Iterable[str] = ("client", "common", "deploy", "server")) -> str:
+    """Hash the source of the packages that are installed: SHA-256 over sorted (path, file hash) lines."""
+    lines = []
+    for package in sorted(packages):
+        spec = find_spec(package)
+        for root in spec.submodule_search_locations or () if spec else ():
+            for path in sorted(Path(root).rglob("*.py")):
+                name = f"{package}/{path.relative_to(root).as_posix()}"
+                lines.append(f"{name} {sha256_hex(path.read_bytes())}\n")
+    return sha256_hex("".join(sorted(lines)).encode())
+
+
+def dependencies_sha256() -> str:
+    """Hash the installed distributions: SHA-256 of the SBOM, which names each with its version."""
+    return sha256_hex(make_sbom())

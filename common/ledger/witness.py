@@ -27,7 +27,8 @@ from common.ledger.checkpoint import (
     open_checkpoint,
     verify_quorum,
 )
-from common.ledger.merkle import HASH_BYTES, verify_consistency
+from common.ledger.entries import Entry, parse_entry
+from common.ledger.merkle import HASH_BYTES, hash_leaf, verify_consistency, verify_inclusion
 from common.ledger.note import (
     MAX_NOTE_BYTES,
     Note,
@@ -67,6 +68,15 @@ def parse_cosign_request(data: bytes) -> CosignRequest:
     if any(len(value) != HASH_BYTES for value in proof):
         raise NoteInvalid(f"expected hashes of {HASH_BYTES} bytes in a cosign request")
     return CosignRequest(int(old.group(1)), proof, parse_note(rest))
+
+
+def verify_logged(leaf: bytes, *, index: int, proof: Sequence[bytes], head: Checkpoint) -> Entry:
+    """Return the entry that `leaf` encodes once it is proven to be in the tree of `head`.
+
+    Raises InclusionInvalid or EntryInvalid.
+    """
+    verify_inclusion(hash_leaf(leaf), index=index, size=head.size, proof=proof, root=head.root)
+    return parse_entry(leaf)
 
 
 def verify_extends(seen: Checkpoint | None, new: Checkpoint, proof: Sequence[bytes]) -> None:
@@ -113,6 +123,18 @@ class WitnessState:
         """
         self._advance(request)
         return cosign(request.note, name=name, private_key=private_key, time_s=time_s)
+
+    def verify_witnessed(self, note: Note, *, witnesses: Collection[VerifierKey], quorum: int) -> None:
+        """Raise unless `note` is the head this site has just cosigned and a quorum has cosigned it too.
+
+        Raises WitnessBehind for another head, QuorumNotReached or NoteSignatureInvalid. For the second
+        exchange of a round: what was sent in the first stays masked until this holds.
+        """
+        head = open_checkpoint(note, self._log)
+        if head != self._seen:
+            seen = self._seen.size if self._seen else 0
+            raise WitnessBehind(f"expected the head of size {seen}, got another of size {head.size}")
+        verify_quorum(note, witnesses, quorum=quorum)
 
     def accept(
         self, request: CosignRequest, *, witnesses: Collection[VerifierKey], quorum: int

@@ -20,8 +20,8 @@ from common.errors import (
     VersionUnknown,
 )
 from common.ledger.entries import OPERATOR
+from common.ledger.output_checks import ADAPTER_NAME, ENTRY_NAME, PROOF_NAME
 from common.ledger.release_proof import format_trust, parse_trust
-from common.ledger.study_checks import ADAPTER_NAME, ENTRY_NAME, PROOF_NAME
 from server.releases import (
     OnlineKeys,
     RoleKeys,

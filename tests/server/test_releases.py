@@ -10,8 +10,8 @@ from tuf.api.metadata import Metadata, Root
 
 from common.errors import ReleaseUnproven, RepositoryInvalid
 from common.ledger.entries import OPERATOR
+from common.ledger.output_checks import PROOF_NAME
 from common.ledger.release_proof import list_files, verify_release_folder
-from common.ledger.study_checks import PROOF_NAME
 from server.releases import (
     OnlineKeys,
     RoleKeys,

@@ -38,15 +38,13 @@ from common.ledger.entries import (
     RoundRecord,
     StudyEnd,
     StudyOpened,
-    commit,
-    contribution_statement,
     format_entry,
-    sign_entry,
 )
 from common.ledger.merkle import Tree, hash_leaf
 from common.ledger.note import Note, VerifierKey, format_note, merge_signatures
+from common.ledger.output_checks import ADAPTER_NAME, ENTRY_NAME, PROOF_NAME, sum_modulo
 from common.ledger.release_proof import STUDY_NAME
-from common.ledger.study_checks import ADAPTER_NAME, ENTRY_NAME, PROOF_NAME, sum_modulo
+from common.ledger.statements import commit, make_round, sign_contribution, sign_entry
 from common.privacy.mechanism import ServedRound, View
 from common.privacy.study_plan import plan_of
 
@@ -151,8 +149,12 @@ def participation(manifest: Study, record: RoundRecord, site: str, epsilon: floa
 
 
 def sign_participation(manifest: Study, record: RoundRecord, draft: Participation) -> Participation:
-    message = contribution_statement(manifest.sha256, record, draft)
-    return replace(draft, signature=key_of(draft.site).sign(Purpose.CONTRIBUTION, message).hex())
+    signed = sign_contribution(
+        manifest, key_of(draft.site), site=draft.site, number=record.number, attempt=record.attempt,
+        adapter_in=record.adapter_in, commitment=draft.commitment, sigma_units=draft.sigma_units,
+        epsilon=draft.epsilon,
+    )  # fmt: skip
+    return replace(signed, summed=draft.summed)
 
 
 def retained(record: RoundRecord, site: str) -> tuple[bytes, bytes]:
@@ -167,25 +169,22 @@ def share_units(manifest: Study) -> float:
 
 def round_record(
     manifest: Study, number: int, *, epsilon: float, release_epsilon: float, dropouts: tuple[str, ...] = (),
-    attempt: int = 1, outcome: Outcome = Outcome.RELEASED, adapter_in: str = "",
+    attempt: int = 1, outcome: Outcome = Outcome.RELEASED,
 ) -> RoundRecord:  # fmt: skip
     released = outcome is Outcome.RELEASED
     sites = [s for s in manifest.site_ids if s not in dropouts]
     private = released and manifest.privacy.mode is not Mode.PLAIN
-    topup = plan_of(manifest).server_topup_sigma_units(len(sites)) if private else 0.0
-    record = RoundRecord(
-        number=number, attempt=attempt, outcome=outcome, adapter_in=adapter_in or adapter_name(number),
-        adapter_out=adapter_name(number + 1) if released else "", state_out="",
-        cohort=manifest.site_ids, participations=(), dropouts=dropouts,
-        clip_norm=manifest.privacy.clip_norm, sampling_rate=manifest.training.sampling_rate,
-        patients=manifest.training.patients, server_sigma_units=topup,
-        delta=manifest.privacy.delta, release_epsilon=release_epsilon, aggregate="", record="", code=CODE,
-        lockfile=LOCKFILE,
+    bare = make_round(
+        manifest, number=number, attempt=attempt, outcome=outcome, adapter_in=adapter_name(number),
+        adapter_out=adapter_name(number + 1) if released else "", cohort=manifest.site_ids,
+        server_sigma_units=plan_of(manifest).server_topup_sigma_units(len(sites)) if private else 0.0,
+        release_epsilon=release_epsilon, code=CODE, lockfile=LOCKFILE,
     )  # fmt: skip
+    aggregate = ""
     if released:
-        total = sum_modulo([retained(record, s)[1] for s in sites])
-        record = replace(record, aggregate=commit(aggregate_key(record), total))
-    return replace(record, participations=tuple(participation(manifest, record, s, epsilon) for s in sites))
+        aggregate = commit(aggregate_key(bare), sum_modulo([retained(bare, s)[1] for s in sites]))
+    parts = tuple(participation(manifest, bare, s, epsilon) for s in sites)
+    return replace(bare, participations=parts, dropouts=dropouts, aggregate=aggregate)
 
 
 def aggregate_key(record: RoundRecord) -> bytes:

@@ -33,14 +33,13 @@ from common.ledger.entries import (
     Rotation,
     RoundRecord,
     StudyEnd,
-    commit,
     format_entry,
     parse_entry,
-    sign_entry,
 )
 from common.ledger.findings import Status, catalogue
+from common.ledger.output_checks import ADAPTER_NAME, PROOF_NAME
 from common.ledger.privacy_checks import release_history, site_history
-from common.ledger.study_checks import ADAPTER_NAME, PROOF_NAME
+from common.ledger.statements import commit, sign_entry
 from common.records import RoundRecord as SiteRecord
 from common.records import sign_record, signed_to_json
 from tests.common.ledger.consortium import (

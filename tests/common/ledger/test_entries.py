@@ -37,10 +37,12 @@ from common.ledger.entries import (
     Rotation,
     StudyEnd,
     StudyOpened,
-    bucket,
-    commit,
     format_entry,
     parse_entry,
+)
+from common.ledger.statements import (
+    bucket,
+    commit,
     sign_entry,
     verify_contribution,
     verify_entry_signature,
@@ -211,7 +213,7 @@ def test_a_study_entry_under_another_hash_or_a_rotation_to_the_same_key_is_refus
 
 
 def test_signatures_gathered_elsewhere_can_be_joined() -> None:
-    from common.ledger.entries import add_signatures
+    from common.ledger.statements import add_signatures
 
     plain = Entry(START_S, STUDY.sha256, BODIES[10])
     site_part = sign_entry(plain, signer="amber", key=key_of("amber")).signatures

@@ -34,9 +34,11 @@ from common.ledger.note import (
     Note,
     Signature,
     format_note,
+    format_signature_line,
     format_verifier_key,
     merge_signatures,
     parse_note,
+    parse_signature_line,
     parse_verifier_key,
     sign_note,
     verify_note,
@@ -250,6 +252,15 @@ def test_cosignatures_of_strangers_do_not_count_and_a_forged_known_one_condemns_
     forged = Signature("b", WITNESS_KEYS[1].key_id, note.signatures[1].value)
     with pytest.raises(NoteSignatureInvalid):
         verify_quorum(Note(note.text, (*note.signatures[:2], forged)), WITNESS_KEYS, quorum=1)
+
+
+def test_a_cosignature_travels_as_one_line() -> None:
+    line = cosigned("a").signatures[1]
+    data = format_signature_line(line)
+    assert parse_signature_line(data) == line
+    for bad in (data + data, data[:-1], b"x" + data, data + b"\n", b""):
+        with pytest.raises(NoteInvalid):
+            parse_signature_line(bad)
 
 
 # --- offline ledger proofs --------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.errors import (
+    FedRadError,
+    InclusionInvalid,
     LogForked,
     LogShrunk,
     NoteInvalid,
@@ -21,6 +23,7 @@ from common.ledger.checkpoint import (
     verify_cosignature,
     witness_key,
 )
+from common.ledger.entries import Entry, Incident, format_entry
 from common.ledger.merkle import Tree, hash_leaf
 from common.ledger.note import Note, Signature, merge_signatures
 from common.ledger.witness import (
@@ -29,6 +32,7 @@ from common.ledger.witness import (
     format_cosign_request,
     parse_cosign_request,
     verify_extends,
+    verify_logged,
 )
 
 ORIGIN = "fedrad.example/log"
@@ -153,6 +157,33 @@ def test_a_site_that_did_not_cosign_catches_up_with_what_others_witnessed(tmp_pa
     full = CosignRequest(8, ask.proof, merge_signatures(ask.note, lines))
     head = state.accept(full, witnesses=WITNESSES, quorum=2)
     assert head.size == 12 and state.seen == head
+
+
+def test_what_was_sent_stays_masked_until_a_quorum_has_seen_the_same_head(tmp_path: Path) -> None:
+    states = {n: WitnessState(tmp_path / n, log=LOG) for n in "abc"}
+    ask = request(HONEST, 0, 8)
+    lines = [witness(states[n], ask, n) for n in "abc"]
+    full = merge_signatures(ask.note, lines)
+    states["a"].verify_witnessed(full, witnesses=WITNESSES, quorum=3)
+    with pytest.raises(QuorumNotReached):
+        states["a"].verify_witnessed(merge_signatures(ask.note, lines[:2]), witnesses=WITNESSES, quorum=3)
+    fork = note_of(FORKED, 8)
+    with pytest.raises(WitnessBehind):
+        states["a"].verify_witnessed(fork, witnesses=WITNESSES, quorum=0)
+    with pytest.raises(WitnessBehind):
+        WitnessState(tmp_path / "fresh", log=LOG).verify_witnessed(full, witnesses=WITNESSES, quorum=0)
+
+
+def test_an_entry_is_believed_only_with_its_proof() -> None:
+    entry = Entry(100, "ab" * 32, Incident(code="site-dropped", site="cedar", number=1, detail=""))
+    leaves = [*HONEST[:5], format_entry(entry), *HONEST[5:9]]
+    tree = tree_of(*leaves)
+    head = Checkpoint(ORIGIN, tree.size, tree.root())
+    assert verify_logged(leaves[5], index=5, proof=tree.prove_inclusion(5), head=head) == entry
+    with pytest.raises(InclusionInvalid):
+        verify_logged(leaves[5], index=4, proof=tree.prove_inclusion(5), head=head)
+    with pytest.raises(FedRadError):
+        verify_logged(leaves[4], index=4, proof=tree.prove_inclusion(4), head=head)
 
 
 def test_extension_is_a_pure_decision() -> None:
