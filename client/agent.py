@@ -28,12 +28,20 @@ from client.models import ModelPool
 from client.state import SiteState
 from client.training import TrainingData, prepare_training
 from common.config import Mode, Study
-from common.errors import DataInsufficient, EnvelopeMalformed, FedRadError, StudyNotApproved, WrongStage
+from common.errors import (
+    BodyTooLarge,
+    DataInsufficient,
+    EnvelopeMalformed,
+    FedRadError,
+    StudyNotApproved,
+    WrongStage,
+)
 from common.identity import SigningKey
 from common.model.lora import Vector, vector_size, vector_to_bytes
 from common.privacy.sampling import Csprng
 from common.privacy.study_plan import plan_of, verify_plan
 from common.protocol import (
+    MAX_OVERHEAD_BYTES,
     SERVER,
     VERSION,
     Expected,
@@ -125,6 +133,19 @@ class SiteAgent:
                 )  # fmt: skip
                 body = pack_body({"error": error.code, "message": str(error)})
                 return seal_reply(self._key, message, nonce=self._nonce(), body=body, refusal=True)
+
+    def message_limit(self, start: bytes) -> int:
+        """Say how long the message that starts so may be, in bytes; raises BodyTooLarge and as `handle` does."""
+        try:
+            header = read_header(start, max_body_bytes=1 << 62)
+            study = read_approved_study(self.home, header.study)
+            most = _max_request_bytes(study)
+            if header.body_bytes > most:
+                raise BodyTooLarge(f"expected a body of at most {most} bytes, got {header.body_bytes}")
+            return MAX_OVERHEAD_BYTES + header.body_bytes
+        except FedRadError as error:
+            log.warning("refused a message at its first bytes: %s: %s", error.code, error)
+            raise
 
     def _authenticate(self, stage: Stage, data: bytes) -> tuple[Message, _Running]:
         try:
@@ -223,7 +244,7 @@ class SiteAgent:
         study, state, header = running.study, running.state, message.header
         seen = state.seen()
         policy.verify_turn(study, header, seen, last_attempt=state.last_attempt(header.round))
-        policy.verify_deadline(meta["deadline_unix_s"], now_unix_s=self._clock(), study=study)
+        policy.verify_deadline(meta["deadline_unix_s"], now_unix_s=self._clock())
         policy.verify_cohort(study, meta["cohort"], site=self.home.site)
         vector = policy.verify_adapter(study, blob, adapter_sha256=meta["adapter_sha256"])
         newest = policy.verify_history(
@@ -257,6 +278,7 @@ class SiteAgent:
         """Reveal for one survivor set, and deal shares to the next round's key set when there is one."""
         _, (survivors, key_set) = unpack_body(message.body, fields={}, parts=2)
         header = message.header
+        policy.verify_turn(running.study, header, running.state.seen(), last_attempt=0)
         policy.verify_previous(header, running.state.seen())
         machine = running.masked.machine(header.round, header.attempt)
         reveal = machine.reveal(parse_survivor_set(bytes(survivors)))

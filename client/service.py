@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ class ProgressBoard:
 
 def _serve_stage(agent: SiteAgent, stage: Stage, frames: Iterator[Any], context: Any) -> Iterator[Any]:
     try:
-        reply = agent.handle(stage, _join(frames))
+        reply = agent.handle(stage, _join(frames, limit=agent.message_limit))
     except FedRadError as error:
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{error.code}: {error}")
     yield from _frames(reply)
@@ -130,12 +130,15 @@ def _frames(data: bytes) -> Iterator[Any]:
         yield agent_pb2.Frame(data=bytes(view[start : start + FRAME_BYTES]))
 
 
-def _join(frames: Iterator[Any]) -> bytes:
-    parts, size = [], 0
+def _join(frames: Iterator[Any], *, limit: Callable[[bytes], int] = lambda start: MAX_MESSAGE_BYTES) -> bytes:
+    """Join a message's frames; its first one says how long it may be, so that no more is ever kept."""
+    parts, size, most = [], 0, 0
     for frame in frames:
+        if not parts:
+            most = min(MAX_MESSAGE_BYTES, limit(frame.data))
         size += len(frame.data)
-        if size > MAX_MESSAGE_BYTES:
-            raise BodyTooLarge(f"expected a message of at most {MAX_MESSAGE_BYTES} bytes, got more")
+        if size > most:
+            raise BodyTooLarge(f"expected a message of at most {most} bytes, got more")
         parts.append(frame.data)
     return b"".join(parts)
 

@@ -37,6 +37,7 @@ from common.identity import Purpose, SigningKey, verify_signature
 MAGIC = b"FRM1"
 VERSION = 1
 MAX_HEADER_BYTES = 4096
+MAX_OVERHEAD_BYTES = 8 + MAX_HEADER_BYTES + 64
 MAX_META_BYTES = 8 << 20
 SERVER = "server"
 GENESIS = "0" * 64
@@ -220,7 +221,7 @@ def parse_header(data: bytes) -> Header:
 
 
 def pack_body(meta: Mapping[str, Any], *parts: Any) -> bytes:
-    """Join a JSON part and binary parts: `u32 length | canonical JSON | part | …`; "parts" lists their sizes."""
+    """Join JSON and binary parts: `u32 length | canonical JSON | part | …`; "parts" lists their sizes."""
     views = [memoryview(part).cast("B") for part in parts]
     encoded = canonical_json({**meta, "parts": [len(view) for view in views]})
     return b"".join((len(encoded).to_bytes(4, "big"), encoded, *views))
@@ -266,11 +267,9 @@ def _cut(blob: memoryview, sizes: Any, count: int) -> list[memoryview]:
 
 
 def _split(data: bytes, *, max_body_bytes: int) -> tuple[Header, bytes, bytes, bytes]:
-    overhead = 8 + MAX_HEADER_BYTES + 64
-    if len(data) > max_body_bytes + overhead:
-        raise BodyTooLarge(
-            f"expected a message of at most {max_body_bytes + overhead} bytes, got {len(data)}"
-        )
+    most = max_body_bytes + MAX_OVERHEAD_BYTES
+    if len(data) > most:
+        raise BodyTooLarge(f"expected a message of at most {most} bytes, got {len(data)}")
     if len(data) < 8 or data[:4] != MAGIC:
         raise EnvelopeMalformed("expected a message that starts with FRM1, got other bytes")
     length = int.from_bytes(data[4:8], "big")

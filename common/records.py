@@ -7,6 +7,7 @@ It names sites, hashes and public constants only: no count, loss or metric of a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from common.errors import EnvelopeMalformed, PreviousStateMismatch, WrongRound, 
 from common.identity import Purpose, SigningKey, verify_signature
 
 MAX_RECORD_BYTES = 64 << 10
+_HEX128 = re.compile(r"[0-9a-f]{128}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def signed_from_json(value: Any) -> SignedRecord:
     """Parse `{"record", "signature"}`; raises EnvelopeMalformed."""
     if not isinstance(value, dict) or set(value) != {"record", "signature"}:
         raise EnvelopeMalformed("round record: expected the fields record and signature")
-    if not isinstance(value["signature"], str) or len(value["signature"]) != 128:
+    if not isinstance(value["signature"], str) or not _HEX128.fullmatch(value["signature"]):
         raise EnvelopeMalformed("round record signature: expected 128 hex digits")
     return SignedRecord(_record(value["record"]), value["signature"])
 

@@ -1,4 +1,4 @@
-"""A consortium in memory: the real server loop and real site agents over a transport without ports or threads.
+"""A consortium in memory: the real server loop and real site agents over a transport without ports.
 
 `build(tmp_path, …)` makes a small signed study, its sites and their data; `Consortium.run()` runs the server
 to its end. `before` and `after` see every signed request and reply and may alter it, drop it (None) or raise
@@ -266,7 +266,7 @@ def build(
 
 @dataclass
 class Tape:
-    """Every request that one site got in an undisturbed run, its reply, and the site's directory before it."""
+    """Every request that a site got in an undisturbed run, its reply, and its directory before it."""
 
     world: Consortium
     site: str
@@ -287,12 +287,13 @@ class Tape:
         self,
         stage: Stage,
         round: int,
+        /,
         *,
         body: bytes | None = None,
         key: SigningKey | None = None,
         **header: Any,
     ) -> bytes:
-        """The recorded request with another body or header fields, signed again by the operator (or `key`)."""
+        """The recorded request with another body or header, signed again by the operator (or `key`)."""
         old, _, body_before = split_message(self.requests[(stage, round)])
         body = body_before if body is None else body
         about = {"body_bytes": len(body), "body_sha256": sha256_hex(body)}
@@ -360,7 +361,7 @@ def study_text(
 
 @functools.cache
 def data_folder() -> Path:
-    """Prepared data of all sites, written once per process: eight training patients each, one to two studies."""
+    """Prepared data of all sites, written once per process: eight training patients each."""
     folder = _folder()
     for number, site in enumerate(SITES):
         write_dataset(folder / site, _records(site, number), card={"source": "synthetic"})
@@ -369,6 +370,7 @@ def data_folder() -> Path:
 
 def _records(site: str, number: int) -> Iterable[Any]:
     import io
+
     import numpy as np
     from PIL import Image
 

@@ -195,15 +195,15 @@ def _read_projector(base: Path) -> dict[str, Vector]:
     found: dict[str, Vector] = {}
     for path in sorted(base.glob("*.safetensors")):
         header = cast(dict[str, dict[str, Any]], read_safetensors_header(path))
-        start = 8 + int.from_bytes(path.open("rb").read(8), "little")
-        for name, entry in header.items():
-            if not memory_name(name).startswith(_PROJECTOR):
-                continue
-            low, high = entry["data_offsets"]
-            with path.open("rb") as handle:
+        with path.open("rb") as handle:
+            start = 8 + int.from_bytes(handle.read(8), "little")
+            for name, entry in header.items():
+                if not memory_name(name).startswith(_PROJECTOR):
+                    continue
+                low, high = entry["data_offsets"]
                 handle.seek(start + low)
                 raw = handle.read(high - low)
-            found[memory_name(name)] = _decode(raw, str(entry["dtype"]), path).reshape(entry["shape"])
+                found[memory_name(name)] = _decode(raw, str(entry["dtype"]), path).reshape(entry["shape"])
     return found
 
 
