@@ -202,10 +202,18 @@ def test_counts_that_do_not_match_are_refused() -> None:
         m.Upload(bytes(32), RECEIPT, 10, (bytes(32),) * 2)
     with pytest.raises(MessageMalformed):
         m.Upload(bytes(32), RECEIPT, MAX_LENGTH + 1, (bytes(32),) * 257)
-    for sealed, locks, keys in ((48, 1, 1), (49, 2, 2), (49, 0, 0), (49, 1, 0)):
+    for sealed, locks, keys in ((48, 1, 1), (50, 1, 1), (49, 2, 2), (49, 0, 0), (49, 1, 0)):
         with pytest.raises(MessageMalformed):
             lock, key = (bytes(m.LOCK_BYTES),) * locks, (bytes(32),) * keys
             m.Reveal(bytes(32), "a", bytes(32), bytes(sealed), lock, key, bytes(64))
+
+
+@pytest.mark.parametrize("field", ["terms", "mask_public", "share_public", "commitment", "signature"])
+def test_fields_of_another_size_are_refused(field: str) -> None:
+    for size in (0, 31, 33, 65):
+        changed: dict[str, Any] = {field: bytes(size)}
+        with pytest.raises(MessageMalformed, match="expected a field"):
+            replace(KEYS, **changed)
 
 
 def test_largest_messages_stay_under_the_cap() -> None:
