@@ -172,7 +172,7 @@ def _check_budgets(study: StudyCase, plan: PrivacyPlan, epsilon: Epsilon | None)
     return conclude(
         "budgets",
         problems,
-        passed=f"site epsilon {worst:.3f} of {privacy.site_epsilon:g}, "
+        passed=f"stated: site epsilon {worst:.3f} of {privacy.site_epsilon:g}, "
         f"release epsilon {last:.3f} of {privacy.release_epsilon:g}",
         evidence=(f"entry {study.index}", *_last(study)),
         study=study.sha256,
