@@ -24,16 +24,17 @@ from client.data.pixels import Gray
 
 MIN_SEARCHED, MAX_SEARCHED = 1024, 1600
 MIN_GLYPHS = 4
-CONTRAST = 30
+# Low for faint writing; high so that bright writing comes loose from edges that it touches.
+CONTRASTS = (30, 100, 200)
 PAD = 6
 TIMEOUT_S = 20
-MAX_LINES = 24
+MAX_LINES = 36
 Mask = npt.NDArray[np.bool_]
 
 _MARKERS = (
     "L R LT RT LEFT RIGHT PA AP LAT LATERAL ERECT UPRIGHT SUPINE PORTABLE PORT MOBILE SEMI SEMIERECT SITTING "
     "STANDING DECUB INSP EXP CHEST THORAX KV KVP MAS CM UP WHEELCHAIR STRETCHER "
-    "APERECT PAERECT APSUPINE APSEMIERECT APPORTABLE BED ICU DER IZQ"
+    "APSUPINE APSEMIERECT APPORTABLE BED ICU DER IZQ"
 )
 
 
@@ -85,17 +86,38 @@ def text_lines(image: npt.NDArray[np.uint8]) -> list[Line]:
         background = ndimage.grey_opening(np.minimum(halves[:, ::2], halves[:, 1::2]), size=(11, 11))
         wide = background.repeat(2, axis=0).repeat(2, axis=1)
         relief = np.where(source > wide, source - wide, 0).astype(np.uint8)
-        strokes = relief > CONTRAST
-        labels, count = ndimage.label(strokes, structure=np.ones((3, 3)))
-        if count == 0 or count > 20_000:
-            continue
-        slices = ndimage.find_objects(labels)
-        boxes = np.array([(y.start, y.stop, x.start, x.stop) for y, x in slices])
-        weights = np.array([_glyphs_in(strokes[part], box) for part, box in zip(slices, boxes, strict=True)])
-        for top, bottom, left, right in _lines_of(boxes[weights > 0], weights[weights > 0]):
-            part = relief[max(0, top - PAD) : bottom + PAD, max(0, left - PAD) : right + PAD]
-            found.append(Line(top=int(top), left=int(left), height=int(bottom - top), relief=part.copy()))
+        for contrast in CONTRASTS:
+            for line in _lines_in(relief, contrast):
+                if not any(_alike(line, other) for other in found):
+                    found.append(line)
     return found
+
+
+def _lines_in(relief: npt.NDArray[np.uint8], contrast: int) -> list[Line]:
+    from scipy import ndimage
+
+    strokes = relief > contrast
+    labels, count = ndimage.label(strokes, structure=np.ones((3, 3)))
+    if count == 0 or count > 20_000:
+        return []
+    slices = ndimage.find_objects(labels)
+    boxes = np.array([(y.start, y.stop, x.start, x.stop) for y, x in slices])
+    weights = np.array([_glyphs_in(strokes[part], box) for part, box in zip(slices, boxes, strict=True)])
+    lines = []
+    for top, bottom, left, right in _lines_of(boxes[weights > 0], weights[weights > 0]):
+        part = relief[max(0, top - PAD) : bottom + PAD, max(0, left - PAD) : right + PAD]
+        lines.append(Line(top=int(top), left=int(left), height=int(bottom - top), relief=part.copy()))
+    return lines
+
+
+def _alike(line: Line, other: Line) -> bool:
+    differences = (
+        line.top - other.top,
+        line.left - other.left,
+        line.height - other.height,
+        line.relief.shape[1] - other.relief.shape[1],
+    )
+    return all(abs(difference) <= PAD for difference in differences)
 
 
 def is_identifying(line: Line, words: list[Word]) -> bool:
@@ -117,9 +139,11 @@ def is_identifying(line: Line, words: list[Word]) -> bool:
 
 
 def _reads_as_marker(words: list[Word]) -> bool:
-    plain = [re.sub(r"[^A-Za-z0-9]", "", word.text).upper() for word in words if word.confidence >= 40]
-    text = "".join(plain)
-    return len(text) >= 4 and (is_marker(text) or all(is_marker(part) for part in plain if part))
+    """Tell whether a line reads as markers: clearly, or unclearly but close to one of the long ones."""
+    plain = [(re.sub(r"[^A-Za-z0-9]", "", word.text).upper(), word.confidence) for word in words]
+    whole = "".join(text for text, _ in plain)
+    clear = [text for text, confidence in plain if text and confidence >= 40]
+    return (len(whole) >= 7 and is_marker(whole)) or (len("".join(clear)) >= 4 and all(map(is_marker, clear)))
 
 
 def _same_place(line: Line, marker: Line) -> bool:
@@ -141,7 +165,8 @@ def is_marker(text: str) -> bool:
     return (
         re.fullmatch(rf"(?:{together}|[I1])+", text) is not None
         or (len(text) >= 3 and any(text in marker for marker in markers))
-        or any(len(marker) >= 7 and fuzz.ratio(text, marker) >= 75 for marker in markers)
+        or any(len(marker) >= 8 and fuzz.ratio(text, marker) >= 75 for marker in markers)
+        or (len(text) >= 7 and any(fuzz.ratio(text, marker) >= 75 for marker in ("APERECT", "PAERECT")))
     )
 
 

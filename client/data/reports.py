@@ -62,6 +62,9 @@ _CHANGE_WORDS = (
     r"(?:interval(?:ly)?|new(?:ly)?|unchanged|stable|persistent(?:ly)?|residual|again|worsen(?:ed|ing)|"
     r"improv(?:ed|ing)|increas(?:ed|ing)|decreas(?:ed|ing)|resolv(?:ed|ing)|progressi(?:on|ve)|similar)"
 )
+_NO_CHANGE = (
+    r"\W*(?:no (?:significant |interval )*change\b|unchanged\b|stable exam|sin cambios|(?:未见|无)明显变化)"
+)
 _TEMPLATE = re.compile(
     r"\b(?:normal|clear|unremarkable|no acute|within normal limits|intact)\b"
     r"|未见异常|未见明显|sin alteraciones",
@@ -198,13 +201,7 @@ def _heading_pattern() -> str:
 
 def _without_priors(sentence: str) -> tuple[str, int]:
     if not re.search(_PRIOR_WORDS, sentence, re.I):
-        if re.match(
-            r"\s*(?:no (?:significant |interval )*change\b|unchanged\b|stable exam|sin cambios)",
-            sentence,
-            re.I,
-        ):
-            return "", 1
-        return _drop_change(sentence)
+        return ("", 1) if re.match(_NO_CHANGE, sentence, re.I) else _drop_change(sentence)
     # "X, unchanged compared to the prior study" keeps X: cut from the comparing phrase to the stop.
     clause = re.compile(
         rf"[,(]?\s*(?:\b(?:and|but|which|is|are|has|have|been|likely|significantly|slightly|mildly|not)\s+)*"
@@ -213,7 +210,10 @@ def _without_priors(sentence: str) -> tuple[str, int]:
     )
     rest, count = clause.subn("", sentence)
     rest = re.sub(r"^\s*[,，]\s*", "", rest).strip()
-    if len(re.findall(r"[^\W\d_]{3,}", rest)) < 2 and len(rest) < 12:
+    substance = (
+        len(re.findall(r"[a-zà-ÿ]{3,}", rest, re.I)) >= 2 or len(re.findall(r"[\u4e00-\u9fff]", rest)) >= 3
+    )
+    if not substance or re.match(_NO_CHANGE, rest, re.I):
         return "", 1
     rest, more = _drop_change(rest[:1].upper() + rest[1:])
     return rest, count + more

@@ -23,8 +23,8 @@ from common.files import write_atomic
 CONSEQUENCE = (
     "Later rounds no longer use this patient. Adapters released so far were trained with the patient's "
     "studies: their influence stays within the study's privacy budget, and no budget is given back. "
-    "The ledger keeps its entries, which hold keyed commitments only; record the withdrawal there as an incident "
-    "if your policy asks for it. Stop the site agent before and start it after, so that it reads the new data."
+    "The ledger keeps its entries, which hold keyed commitments only; record the withdrawal there as an "
+    "incident if your policy asks for it. Restart the site agent, so that it reads the new data."
 )
 
 

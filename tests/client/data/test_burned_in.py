@@ -1,0 +1,51 @@
+"""Writing in images: identifiers are found, markers and anatomy are not."""
+
+import random
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from client.data import burned_in
+from client.data.burned_in import has_burned_in_text, is_marker, tesseract
+from client.data.pixels import Gray
+from tests.client.data.synthetic_dicom import base_image, burn
+
+needs_tesseract = pytest.mark.skipif(tesseract() is None, reason="needs tesseract")
+
+
+def picture(seed: int, text: str) -> Gray:
+    image = base_image(np.random.default_rng(seed), side=320)
+    if text:
+        image = burn(image, text, random.Random(seed))
+    return (image * 65535).astype(np.uint16)
+
+
+@needs_tesseract
+@pytest.mark.parametrize(
+    "text", ["OKONKWO ADAEZE", "ID 7734921", "XR000412 20190402", "Jane Brandt 03/04/1951"]
+)
+def test_burned_in_identifier_is_found(text: str) -> None:
+    assert has_burned_in_text(picture(5, text))
+
+
+@needs_tesseract
+@pytest.mark.parametrize("text", ["", "L", "PA", "AP ERECT", "PORTABLE"])
+def test_picture_with_markers_only_passes(text: str) -> None:
+    assert not has_burned_in_text(picture(9, text))
+
+
+def test_every_line_of_glyphs_is_writing_where_tesseract_is_missing() -> None:
+    with patch.object(burned_in, "tesseract", return_value=None):
+        assert has_burned_in_text(picture(5, "PORTABLE"))
+        assert not has_burned_in_text(picture(5, ""))
+
+
+@pytest.mark.parametrize("text", ["PORTABLE", "PORIABLE", "APIERECT", "L", "ERECT", "PAL"])
+def test_marker_is_known_even_misread(text: str) -> None:
+    assert is_marker(text)
+
+
+@pytest.mark.parametrize("text", ["WRIGHT", "CHESTER", "PORTER", "ERIC", "LEFTON", "7734921"])
+def test_name_like_a_marker_is_no_marker(text: str) -> None:
+    assert not is_marker(text)

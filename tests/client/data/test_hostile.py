@@ -1,0 +1,171 @@
+"""Hostile input to the import: bombs, traversal, links, injection; no socket; kill -9 at any moment."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+
+from client.data.cli import app
+from client.data.store import read_pairs
+from tests.client.data.site_folder import make_site, rows, site_key, write_table
+from tests.client.data.test_import_table import run_import, tree
+
+
+def png_bomb(side: int) -> bytes:
+    """Encode a black PNG of side² pixels in a few kilobytes per thousand rows."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    compressor = zlib.compressobj(9)
+    row = bytes(1 + side)
+    body = b"".join(compressor.compress(row) for _ in range(64)) + compressor.flush()
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def text_bomb() -> bytes:
+    """Encode a small PNG whose compressed text chunk inflates to 100 MB."""
+    blob = zlib.compress(bytes(100_000_000), 9)
+    data = b"k\x00\x00" + blob
+    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
+    return png_bomb(128)[:33] + chunk + png_bomb(128)[33:]
+
+
+def test_bombs_traversal_and_links_each_cost_one_study(tmp_path: Path) -> None:
+    table = rows(7)
+    source = make_site(tmp_path / "hospital", table)
+    (source / table[1]["image"]).write_bytes(png_bomb(60_000))
+    (source / table[2]["image"]).write_bytes(text_bomb())
+    table[3]["image"] = "/etc/passwd"
+    table[4]["image"] = "images/../../hospital/images/4.jpg"
+    (tmp_path / "outside").mkdir()
+    shutil.copy(source / "images/5.jpg", tmp_path / "outside/5.jpg")
+    (source / "linked").symlink_to(tmp_path / "outside")
+    table[5]["image"] = "linked/5.jpg"
+    table[6]["image"] = "images\\..\\..\\outside\\5.jpg"
+    write_table(source / "reports.csv", table)
+    document = run_import(source, tmp_path / "out")
+    assert document["kept"] == 1
+    assert document["dropped"] == {"image-outside-folder": 4, "image-too-large": 1, "image-unreadable": 1}
+
+
+def test_report_cannot_act_in_the_contact_sheet(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    table = rows(2)
+    table[0]["findings"] = (
+        '=HYPERLINK("x") <script>alert(1)</script> <img src=x onerror=alert(2)> heart normal.'
+    )
+    source = make_site(tmp_path / "hospital", table)
+    run_import(source, tmp_path / "out")
+    result = CliRunner().invoke(
+        app, ["show", str(tmp_path / "out"), "--html", str(tmp_path / "s.html"), "--json"]
+    )
+    assert result.exit_code == 0
+    page = (tmp_path / "s.html").read_text()
+    assert "<script" not in page and "<img src=x" not in page
+    assert "&lt;script&gt;" in page
+    assert "default-src 'none'" in page
+
+
+def test_overlong_report_is_dropped(tmp_path: Path) -> None:
+    table = rows(2)
+    table[0]["findings"] = "The heart is normal. " * 3000
+    source = make_site(tmp_path / "hospital", table)
+    assert run_import(source, tmp_path / "out")["dropped"] == {"report-too-long": 1}
+
+
+def command(source: Path, out: Path, *options: str) -> list[str]:
+    key = site_key(source.parent / "test.key")
+    start = [
+        sys.executable,
+        "-m",
+        "client.data.cli",
+        "import",
+        str(source),
+        "--out",
+        str(out),
+        "--key",
+        str(key),
+    ]
+    return [*start, "--no-check-writing", "--workers", "1", "--json", *options]
+
+
+def test_no_socket_is_opened_during_import(tmp_path: Path) -> None:
+    source = make_site(tmp_path / "hospital", rows(4))
+    watch = (
+        "import sys\n"
+        "def hook(event, arguments):\n"
+        "    if event.startswith('socket.'):\n"
+        "        sys.stderr.write(f'SOCKET {event}\\n'); sys.stderr.flush()\n"
+        "        import os; os._exit(99)\n"
+        "sys.addaudithook(hook)\n"
+        "from client.data.cli import main\n"
+        "sys.argv = sys.argv[1:]\n"
+        "main()\n"
+    )
+    arguments = command(source, tmp_path / "out")[3:]
+    done = subprocess.run([sys.executable, "-c", watch, "data", *arguments], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert json.loads(done.stdout)["kept"] == 4
+
+
+def has_namespaces() -> bool:
+    program = shutil.which("unshare")
+    return (
+        program is not None
+        and subprocess.run([program, "-rn", "true"], check=False, capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not has_namespaces(), reason="needs network namespaces")
+def test_import_works_in_a_network_namespace_without_interfaces(tmp_path: Path) -> None:
+    source = make_site(tmp_path / "hospital", rows(4))
+    alone = ["unshare", "-rn", *command(source, tmp_path / "out", "--workers", "2")]
+    done = subprocess.run(alone, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(read_pairs(tmp_path / "out")) == 4
+
+
+def killed_and_repeated(tmp_path: Path, kills: int, *, studies: int, seed: int) -> None:
+    """Import undisturbed, then with kill -9 at random moments; both folders must have the same bytes."""
+    source = make_site(tmp_path / "hospital", rows(studies))
+    start = time.monotonic()
+    subprocess.run(command(source, tmp_path / "calm"), check=True, capture_output=True)
+    whole_s = time.monotonic() - start
+    chooser = random.Random(seed)
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command(source, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(chooser.uniform(0.3, 1.0) * whole_s)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (
+            not (tmp_path / "killed/pairs.jsonl").exists() or len(read_pairs(tmp_path / "killed")) == studies
+        )
+        if (tmp_path / "killed").exists() and chooser.random() < 0.5:
+            shutil.rmtree(tmp_path / "killed")
+    subprocess.run(command(source, tmp_path / "killed"), check=True, capture_output=True)
+    assert tree(tmp_path / "calm") == tree(tmp_path / "killed")
+    assert not (tmp_path / ".killed.importing").exists()
+
+
+def test_killed_import_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    killed_and_repeated(tmp_path, 2, studies=20, seed=os.getpid())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_import_killed_twenty_times_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    killed_and_repeated(tmp_path, 20, studies=300, seed=20)
