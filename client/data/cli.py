@@ -57,6 +57,9 @@ def import_(
         bool,
         typer.Option("--check-writing/--no-check-writing", help="Quarantine images with writing on them."),
     ] = True,
+    with_dicom: Annotated[
+        bool, typer.Option("--with-dicom", help="Keep de-identified DICOM files too.")
+    ] = False,
     size: Annotated[
         int, typer.Option("--size", min=64, max=4096, help="Longest image side in pixels.")
     ] = 512,
@@ -94,6 +97,7 @@ def import_(
         withdrawn=withdrawn(withdrawn_list(path)),
         keep_priors=keep_priors,
         check_writing=writing,
+        with_dicom=with_dicom,
         workers=workers or os.cpu_count() or 1,
     )
     with _progress() as progress:

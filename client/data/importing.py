@@ -28,7 +28,7 @@ from client.data.curation import Curation, curate
 from client.data.index import write_index
 from client.data.journal import Journal
 from client.data.leak_gate import SAMPLE, measure_leaks, verify_recall
-from client.data.prepare import Recipe, prepare_study
+from client.data.prepare import Recipe, dicom_name, prepare_study
 from client.data.redaction_rules import RULES_VERSION
 from client.data.reports import PRIORS_VERSION
 from client.data.sitekey import SiteKey
@@ -69,6 +69,7 @@ class ImportPlan:
     bits: int = 8
     keep_priors: bool = False
     check_writing: bool = True
+    with_dicom: bool = False
     workers: int = 1
     withdrawn: frozenset[str] = frozenset()
 
@@ -173,6 +174,7 @@ def settings_of(plan: ImportPlan) -> dict[str, Any]:
         "bits": plan.bits,
         "keep_priors": plan.keep_priors,
         "check_writing": plan.check_writing,
+        "with_dicom": plan.with_dicom,
         "redaction_rules": RULES_VERSION,
         "prior_rules": PRIORS_VERSION,
     }
@@ -217,6 +219,7 @@ def run_stages(
         bits=plan.bits,
         keep_priors=plan.keep_priors,
         check_writing=plan.check_writing,
+        with_dicom=plan.with_dicom,
     )
     batch: list[tuple[int, Prepared | Dropped]] = []
     for outcome in prepared(journal.open_studies(), recipe, workers=plan.workers):
@@ -479,11 +482,12 @@ def _alone(source: SourceStudy, recipe: Recipe) -> Prepared | Dropped:
 
 def _remove_others(staging: Path, kept: set[str]) -> None:
     """Delete images of dropped studies and partial files that a crash left."""
-    for path in paths.walk_files(staging / "images"):
-        if path.relative_to(staging).as_posix() not in kept:
-            path.unlink()
-            if not any(path.parent.iterdir()):
-                path.parent.rmdir()
+    for folder, wanted in (("images", kept), ("dicom", {dicom_name(image) for image in kept})):
+        for path in paths.walk_files(staging / folder) if (staging / folder).is_dir() else ():
+            if path.relative_to(staging).as_posix() not in wanted:
+                path.unlink()
+                if not any(path.parent.iterdir()):
+                    path.parent.rmdir()
 
 
 def _empty(work: Path) -> None:

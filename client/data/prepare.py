@@ -44,6 +44,7 @@ class Recipe:
     bits: int = 8
     keep_priors: bool = False
     check_writing: bool = True
+    with_dicom: bool = False
 
 
 def prepare_study(source: SourceStudy, recipe: Recipe) -> Prepared | Dropped:
@@ -111,6 +112,11 @@ def clean_report(
     return sections, facts
 
 
+def dicom_name(image: str) -> str:
+    """Return the path of the de-identified DICOM file that belongs to a stored image."""
+    return f"dicom/{image.removeprefix('images/').removesuffix('.png')}.dcm"
+
+
 def normal_view(view: str) -> str | None:
     """Return pa, ap, frontal or '' (unknown) for a frontal view, None for any other."""
     plain = " ".join(view.strip().lower().replace("_", " ").split())
@@ -142,6 +148,7 @@ def _images(
         read_dicom,
         verify_chest_radiograph,
     )
+    from client.data.dicom_header import deidentify_header
     from client.data.duplicates import thumbnail
     from client.data.pixels import crop_border, decode_raster, encode_png, fit_within, verify_not_blank
 
@@ -158,6 +165,7 @@ def _images(
             known.extend(known_identifiers(dataset))
             pixels = decode_dicom(dataset)
         else:
+            dataset = None
             pixels = decode_raster(path)
         verify_not_blank(pixels)
         if recipe.check_writing and has_burned_in_text(pixels):
@@ -172,4 +180,9 @@ def _images(
         thumbnails.append(thumbnail(pixels))
         if recipe.staging is not None:
             store_image(recipe.staging, names[-1], content)
+            if recipe.with_dicom and dataset is not None:
+                deidentify_header(dataset, key=recipe.key, known=tuple(known))
+                target = recipe.staging / dicom_name(names[-1])
+                target.parent.mkdir(parents=True, exist_ok=True)
+                dataset.save_as(target, enforce_file_format=True)
     return tuple(names), view, tuple(dict.fromkeys(known)), {"sha256": digests, "thumbnails": thumbnails}

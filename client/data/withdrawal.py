@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.data.index import write_index
+from client.data.prepare import dicom_name
 from client.data.show import read_facts
 from client.data.sitekey import SiteKey, patient_pseudonym
 from client.data.store import dataset_files, iter_pairs, read_card, refuse_existing, seal_dataset
@@ -51,6 +52,7 @@ def withdraw(directory: Path, patient: str, *, key: SiteKey, withdrawn_list: Pat
     remember(withdrawn_list, pseudonym)
     gone = [pair for pair in iter_pairs(directory) if pair.patient == pseudonym]
     gone_images = {image for pair in gone for image in pair.images}
+    gone_files = gone_images | {dicom_name(image) for image in gone_images}
     gone_studies = {pair.study for pair in gone}
     refuse_existing(directory, replace=True)
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
@@ -58,7 +60,7 @@ def withdraw(directory: Path, patient: str, *, key: SiteKey, withdrawn_list: Pat
     staging.mkdir(mode=0o700)
     try:
         for name in dataset_files(directory):
-            if name.startswith("images/") and name not in gone_images:
+            if name.startswith(("images/", "dicom/")) and name not in gone_files:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 os.link(directory / name, staging / name)
         facts = read_facts(directory)

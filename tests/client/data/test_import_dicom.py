@@ -89,8 +89,9 @@ def test_five_thousand_studies_meet_the_levels(tmp_path: Path) -> None:
 
 def test_no_header_identifier_is_anywhere_in_the_output(tmp_path: Path) -> None:
     studies = make_export(tmp_path / "export", 12, seed=3)
-    run_import(tmp_path / "export", tmp_path / "out", "--no-check-writing")
+    run_import(tmp_path / "export", tmp_path / "out", "--no-check-writing", "--with-dicom")
     files = tree(tmp_path / "out")
+    assert sum(name.endswith(".dcm") for name in files) == 12
     everything = b" ".join(
         [*(data for name, data in files.items() if not name.endswith(".png")), *map(str.encode, files)]
     )
