@@ -1,6 +1,6 @@
 """Released models at a site: pulled through TUF and a ledger proof, switched atomically, decisions kept.
 
-    trust/root.json  ledger.json       the pinned TUF root and whose log is believed
+    trust/root.json  ledgers/*.json    the pinned TUF root and the logs that are believed
     tuf/                               metadata seen so far (python-tuf)
     versions/<n>/                      a release with its ledger entry and proof
     current.json                       the version in use and the one before
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from common.canonical import canonical_json
+from common.canonical import canonical_json, sha256_hex
 from common.errors import (
     FedRadError,
     ReleaseSourceUnreachable,
@@ -62,22 +62,27 @@ class ModelStore:
         self.directory = directory
 
     def trust(self, root: bytes, ledger: LedgerTrust) -> None:
-        """Pin the TUF root and the ledger trust; an existing pin is never replaced."""
+        """Pin the TUF root and a log that this site believes; an existing pin is never replaced."""
+        name = sha256_hex(ledger.log.name.encode())[:32]
         folder = self.directory / "trust"
-        for name, data in (("root.json", root), ("ledger.json", format_trust(ledger))):
-            path = folder / name
+        for path, data in (
+            (folder / "root.json", root),
+            (folder / "ledgers" / f"{name}.json", format_trust(ledger)),
+        ):
             if path.exists() and path.read_bytes() != data:
                 raise ReleaseUnproven(
-                    f"{path}: expected the pinned one, got another; a pin is never replaced"
+                    f"{path}: expected the pinned one, got another; pins are never replaced"
                 )
             write_atomic(path, data)
 
     @property
-    def ledger(self) -> LedgerTrust:
-        path = self.directory / "trust" / "ledger.json"
-        if not path.is_file():
-            raise ReleaseUnproven(f"{path}: expected the ledger trust, got none; enrol first")
-        return parse_trust(path.read_bytes())
+    def ledgers(self) -> tuple[LedgerTrust, ...]:
+        """The logs that this site believes."""
+        folder = self.directory / "trust" / "ledgers"
+        found = tuple(parse_trust(path.read_bytes()) for path in sorted(folder.glob("*.json")))
+        if not found:
+            raise ReleaseUnproven(f"{folder}: expected the ledger trust, got none; enrol first")
+        return found
 
     def versions(self) -> list[int]:
         folder = self.directory / "versions"
@@ -123,7 +128,7 @@ class ModelStore:
                 match = _TARGET.fullmatch(name)
                 if match and int(match.group(1)) == chosen:
                     _download(updater, name, staging / match.group(2))
-            verify_release_folder(staging, self.ledger, version=chosen, allow_unprotected=allow_unprotected)
+            verify_release_folder(staging, self.ledgers, version=chosen, allow_unprotected=allow_unprotected)
             os.replace(staging, final)
             sync_directory(final.parent)
         finally:
@@ -134,7 +139,7 @@ class ModelStore:
         """Verify a held version again, file by file, against the ledger; raises ReleaseUnproven."""
         folder = self.folder(version)
         return verify_release_folder(
-            folder, self.ledger, version=version, allow_unprotected=allow_unprotected
+            folder, self.ledgers, version=version, allow_unprotected=allow_unprotected
         )[0]
 
     def use(
@@ -170,7 +175,7 @@ class ModelStore:
         if path.is_file():
             value = json.loads(path.read_text())
             body = verify_rollback(
-                value["entry"].encode(), value["proof"].encode(), self.ledger, frm=frm, to=to
+                value["entry"].encode(), value["proof"].encode(), self.ledgers, frm=frm, to=to
             )
             return f"permitted: {body.code}"
         if pin_reason:

@@ -71,6 +71,11 @@ class Log:
         return self._tree.size
 
     @property
+    def last_time_s(self) -> int:
+        """The time of the last entry, which no later one may precede."""
+        return self._last_time_s
+
+    @property
     def root(self) -> bytes:
         return self._tree.root()
 

@@ -118,7 +118,7 @@ def publish_release(
     repository: Path,
     folder: Path,
     *,
-    trust: LedgerTrust,
+    trusts: Sequence[LedgerTrust],
     targets: SigningKey,
     online: OnlineKeys,
     now: datetime,
@@ -128,7 +128,7 @@ def publish_release(
 
     Raises ReleaseUnproven, or RepositoryInvalid for a version that is not newer than those published.
     """
-    release, _ = verify_release_folder(folder, trust, allow_unprotected=allow_unprotected)
+    release, _ = verify_release_folder(folder, trusts, allow_unprotected=allow_unprotected)
     newest = max(published_versions(repository), default=0)
     if release.version <= newest:
         raise RepositoryInvalid(f"expected a version after {newest}, got {release.version}")
@@ -142,13 +142,13 @@ def publish_rollback(
     leaf: bytes,
     proof: bytes,
     *,
-    trust: LedgerTrust,
+    trusts: Sequence[LedgerTrust],
     targets: SigningKey,
     online: OnlineKeys,
     now: datetime,
 ) -> None:
     """Publish a logged permission to run an older version; raises ReleaseUnproven."""
-    verify_statement(leaf, proof, trust)
+    verify_statement(leaf, proof, trusts)
     body = parse_entry(leaf).body
     if not isinstance(body, ReleaseRollback) or body.to not in published_versions(repository):
         raise RepositoryInvalid("expected the entry of a rollback to a published version, got another")

@@ -62,7 +62,7 @@ class Consortium:
     def publish(self, version: int, *, now: datetime = NOW) -> Path:
         folder = self.release(version)
         publish_release(
-            self.repository, folder, trust=self.trust, targets=key_of("targets"), online=ONLINE, now=now
+            self.repository, folder, trusts=[self.trust], targets=key_of("targets"), online=ONLINE, now=now
         )
         return folder
 

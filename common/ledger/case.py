@@ -6,7 +6,6 @@ one named error that says where.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,11 +59,6 @@ class Case:
     heads: Sequence[Head]
     keys: KeyHistory
     studies: Mapping[str, StudyCase]
-
-    def covering(self, index: int) -> Head | None:
-        """The first checkpoint whose tree holds entry `index`."""
-        at = bisect_right(self.heads, index, key=lambda head: head.checkpoint.size)
-        return self.heads[at] if at < len(self.heads) else None
 
 
 def read_case(bundle: Bundle) -> Case:

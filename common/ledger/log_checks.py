@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 
 from common.errors import FedRadError, InclusionInvalid
 from common.identity import Purpose, verify_signature
-from common.ledger.case import Case, Head, StudyCase
+from common.ledger.case import Case, StudyCase
 from common.ledger.checkpoint import cosigned_at, open_checkpoint, verify_cosignature, witness_key
 from common.ledger.entries import (
     OPERATOR,
@@ -18,6 +19,7 @@ from common.ledger.entries import (
     Evaluation,
     KeyCompromise,
     KeyUse,
+    Outcome,
     Release,
     ReleaseRollback,
     Revocation,
@@ -108,26 +110,30 @@ def check_time(case: Case, cosignatures: Cosignatures) -> Finding:
 
 
 def check_witnesses(case: Case, study: StudyCase, cosignatures: Cosignatures, forged: Problems) -> Finding:
-    """Every checkpoint that first covers a round, release or end of the study has the study's quorum."""
-    quorum, sites = study.manifest.cohort.witness_quorum, study.manifest.site_ids
+    """Opening, rounds, releases and end came under a quorum, each before the next round was released."""
+    quorum, sites = study.manifest.cohort.witness_quorum, set(study.manifest.site_ids)
     if quorum == 0:
         return Finding(
             "witness-quorum", Status.NOT_CHECKABLE, "the manifest asks for no witnesses", study=study.sha256
         )
     problems = Problems(forged)
-    kinds = RoundRecord | Release | StudyEnd
-    heads = _first_heads(case, [study.index, *(i for i, e in study.entries if isinstance(e.body, kinds))])
-    for head in heads:
-        count = len(cosignatures[head.member].keys() & set(sites))
-        if count < quorum:
-            problems.add(
-                f"checkpoint {head.checkpoint.size}: expected {quorum} witnesses, got {count}", head.member
-            )
+    witnessed = [h for h in case.heads if len(cosignatures[h.member].keys() & sites) >= quorum]
+    sizes = [head.checkpoint.size for head in witnessed]
+    released = [i for i, record in study.rounds if record.outcome is Outcome.RELEASED]
+    kinds = StudyOpened | RoundRecord | Release | StudyEnd
+    for index, entry in study.entries:
+        if not isinstance(entry.body, kinds):
+            continue
+        where, at, following = f"entry {index}", bisect_right(sizes, index), bisect_right(released, index)
+        if at == len(sizes):
+            problems.add(f"{where}: no checkpoint over it has {quorum} witnesses", where)
+        elif following < len(released) and sizes[at] > released[following]:
+            problems.add(f"{where}: expected {quorum} witnesses before the next round", where)
     return conclude(
         "witness-quorum",
         problems,
-        passed=f"{len(heads)} checkpoints carry at least {quorum} of {len(sites)} sites' cosignatures",
-        evidence=tuple(head.member for head in heads[-1:]),
+        passed=f"{len(witnessed)} checkpoints carry at least {quorum} of {len(sites)} sites' cosignatures",
+        evidence=tuple(head.member for head in witnessed[-1:]),
         study=study.sha256,
     )
 
@@ -303,15 +309,6 @@ def _unknown_key(case: Case, signer: str, key: str) -> str:
             f"signed by {signer} with a key that did not count at the time (revoked, replaced or compromised)"
         )
     return f"signed for {signer} with a key that is not in the log"
-
-
-def _first_heads(case: Case, indices: list[int]) -> list[Head]:
-    heads: dict[str, Head] = {}
-    for index in indices:
-        head = case.covering(index)
-        if head is not None:
-            heads[head.member] = head
-    return list(heads.values())
 
 
 Cosignatures = Mapping[str, Mapping[str, int]]

@@ -133,7 +133,8 @@ def _check_release(study: StudyCase, plan: PrivacyPlan, epsilon: Epsilon | None)
         except FedRadError as error:
             problems.add(f"entry {index}: {error}", f"entry {index}")
             continue
-        if not math.isclose(exact, value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
+        enough = plan.mode is PlanMode.LOCAL and value > exact  # there the largest site epsilon is stated
+        if not enough and not math.isclose(exact, value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
             what = f"release epsilon stated as {value:.4f}, the released rounds cost {exact:.4f}"
             problems.add(f"entry {index}: {what}", f"entry {index}")
     return conclude(

@@ -7,7 +7,7 @@ how good the model is, nor whether a newer release exists (TUF's part).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from common.errors import FedRadError, LedgerInvalid, ReleaseUnproven
 from common.ledger.checkpoint import (
     Checkpoint,
     log_key,
+    parse_checkpoint,
     parse_ledger_proof,
     verify_ledger_proof,
     witness_key,
@@ -39,12 +40,19 @@ class LedgerTrust:
     quorum: int
 
 
-def trust_of(study: Study, *, origin: str) -> LedgerTrust:
-    """Return the trust that a signed study fixes for the log named `origin`."""
+def origin_of(study: Study) -> str:
+    """Name the log of a study that keeps a log of its own, in its study directory."""
+    return f"fedrad/{study.sha256}"
+
+
+def trust_of(study: Study, *, origin: str = "") -> LedgerTrust:
+    """Return the trust that a signed study fixes for the log named `origin` (default: the study's own)."""
     keys = [s for s in study.cohort.site if s.witness_key]
     witnesses = tuple(witness_key(s.id, bytes.fromhex(s.witness_key)) for s in keys)
     return LedgerTrust(
-        log_key(origin, bytes.fromhex(study.cohort.operator_key)), witnesses, study.cohort.witness_quorum
+        log_key(origin or origin_of(study), bytes.fromhex(study.cohort.operator_key)),
+        witnesses,
+        study.cohort.witness_quorum,
     )
 
 
@@ -76,14 +84,19 @@ def list_files(folder: Path) -> tuple[ReleasedFile, ...]:
     )
 
 
-def verify_statement(leaf: bytes, proof: bytes, trust: LedgerTrust) -> tuple[Entry, Checkpoint]:
-    """Verify that an entry is in the witnessed log and signed by the operator; returns both.
+def verify_statement(leaf: bytes, proof: bytes, trusts: Sequence[LedgerTrust]) -> tuple[Entry, Checkpoint]:
+    """Verify that an entry is in a witnessed log that is believed, and signed by its operator; returns both.
 
     Raises ReleaseUnproven.
     """
     try:
+        parsed = parse_ledger_proof(proof)
+        origin = parse_checkpoint(parsed.note.text).origin
+        trust = next((trust for trust in trusts if trust.log.name == origin), None)
+        if trust is None:
+            raise ReleaseUnproven(f"expected a log that this site believes, got {origin!r}")
         checkpoint = verify_ledger_proof(
-            leaf, parse_ledger_proof(proof), log=trust.log, witnesses=trust.witnesses, quorum=trust.quorum
+            leaf, parsed, log=trust.log, witnesses=trust.witnesses, quorum=trust.quorum
         )
         entry = parse_entry(leaf)
         verify_signed_by(entry, signer=OPERATOR, public_hex=trust.log.public.hex())
@@ -93,7 +106,11 @@ def verify_statement(leaf: bytes, proof: bytes, trust: LedgerTrust) -> tuple[Ent
 
 
 def verify_release_folder(
-    folder: Path, trust: LedgerTrust, *, version: int | None = None, allow_unprotected: bool = False
+    folder: Path,
+    trusts: Sequence[LedgerTrust],
+    *,
+    version: int | None = None,
+    allow_unprotected: bool = False,
 ) -> tuple[Release, Checkpoint]:
     """Verify a release folder against the ledger; returns the release and the checkpoint that proves it.
 
@@ -106,7 +123,7 @@ def verify_release_folder(
     if any(files[n].stat().st_size > MAX_PROOF_FILE_BYTES for n in (ENTRY_NAME, PROOF_NAME, STUDY_NAME)):
         raise ReleaseUnproven(f"{folder.name}: expected proof files of at most {MAX_PROOF_FILE_BYTES} bytes")
     entry, checkpoint = verify_statement(
-        files[ENTRY_NAME].read_bytes(), files[PROOF_NAME].read_bytes(), trust
+        files[ENTRY_NAME].read_bytes(), files[PROOF_NAME].read_bytes(), trusts
     )
     release = entry.body
     if not isinstance(release, Release):
@@ -126,9 +143,11 @@ def verify_release_folder(
     return release, checkpoint
 
 
-def verify_rollback(leaf: bytes, proof: bytes, trust: LedgerTrust, *, frm: int, to: int) -> ReleaseRollback:
+def verify_rollback(
+    leaf: bytes, proof: bytes, trusts: Sequence[LedgerTrust], *, frm: int, to: int
+) -> ReleaseRollback:
     """Verify the operator's logged permission to go from version `frm` back to `to`."""
-    entry, _ = verify_statement(leaf, proof, trust)
+    entry, _ = verify_statement(leaf, proof, trusts)
     body = entry.body
     if not isinstance(body, ReleaseRollback) or (body.frm, body.to) != (frm, to):
         raise ReleaseUnproven(f"expected a permission to roll back from {frm} to {to}, got another statement")

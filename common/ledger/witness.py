@@ -146,10 +146,11 @@ class WitnessState:
 
     def _advance(self, request: CosignRequest) -> Checkpoint:
         new = open_checkpoint(request.note, self._log)
+        grows = self._seen is not None and new.size > self._seen.size
         if self._seen and request.old_size != self._seen.size and new.size > self._seen.size:
             raise WitnessBehind(f"expected a proof from size {self._seen.size}, got {request.old_size}")
         try:
-            verify_extends(self._seen, new, request.proof if self._seen else ())
+            verify_extends(self._seen, new, request.proof if grows else ())
         except (LogForked, LogShrunk) as error:
             raise type(error)(f"{error}; evidence: {self._keep_evidence(request).name}") from error
         self._note = request.note

@@ -281,7 +281,7 @@ def test_a_permission_in_the_ledger_goes_back(consortium: Consortium, two: Model
         consortium.repository,
         leaf,
         proof,
-        trust=consortium.trust,
+        trusts=[consortium.trust],
         targets=key_of("targets"),
         online=ONLINE,
         now=NOW,

@@ -48,7 +48,7 @@ def test_a_release_without_its_ledger_proof_is_not_published(consortium: Consort
         publish_release(
             consortium.repository,
             folder,
-            trust=consortium.trust,
+            trusts=[consortium.trust],
             targets=key_of("targets"),
             online=ONLINE,
             now=NOW,
@@ -63,7 +63,7 @@ def test_the_same_version_twice_or_an_older_one_is_not_published(consortium: Con
         publish_release(
             consortium.repository,
             first,
-            trust=consortium.trust,
+            trusts=[consortium.trust],
             targets=key_of("targets"),
             online=ONLINE,
             now=NOW,
@@ -78,7 +78,7 @@ def test_a_key_that_the_root_does_not_name_publishes_nothing(role: str, consorti
     folder = consortium.release(1)
     with pytest.raises(RepositoryInvalid, match=role):
         publish_release(
-            consortium.repository, folder, trust=consortium.trust, targets=keys["targets"],
+            consortium.repository, folder, trusts=[consortium.trust], targets=keys["targets"],
             online=OnlineKeys(snapshot=keys["snapshot"], timestamp=keys["timestamp"]), now=NOW,
         )  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_a_rollback_is_published_only_with_its_ledger_proof(consortium: Consorti
         consortium.repository,
         leaf,
         proof,
-        trust=consortium.trust,
+        trusts=[consortium.trust],
         targets=key_of("targets"),
         online=ONLINE,
         now=NOW,
@@ -140,7 +140,7 @@ def test_a_rollback_is_published_only_with_its_ledger_proof(consortium: Consorti
             consortium.repository,
             other,
             proof,
-            trust=consortium.trust,
+            trusts=[consortium.trust],
             targets=key_of("targets"),
             online=ONLINE,
             now=NOW,
@@ -151,7 +151,7 @@ def test_a_rollback_is_published_only_with_its_ledger_proof(consortium: Consorti
             consortium.repository,
             leaf,
             proof,
-            trust=consortium.trust,
+            trusts=[consortium.trust],
             targets=key_of("targets"),
             online=ONLINE,
             now=NOW,
@@ -160,7 +160,7 @@ def test_a_rollback_is_published_only_with_its_ledger_proof(consortium: Consorti
 
 def test_a_folder_is_listed_as_its_ledger_entry_has_it(consortium: Consortium) -> None:
     folder = consortium.release(1)
-    release, checkpoint = verify_release_folder(folder, consortium.trust, version=1)
+    release, checkpoint = verify_release_folder(folder, [consortium.trust], version=1)
     assert release.files == list_files(folder)
     assert checkpoint.origin == ORIGIN
     (folder / "nested").mkdir()

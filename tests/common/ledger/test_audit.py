@@ -196,7 +196,21 @@ def test_an_entry_dated_into_the_future_is_caught_by_the_witnesses() -> None:
 
 @pytest.mark.parametrize("cosigners", [(), ("amber",)])
 def test_quorum_below_threshold_is_caught(cosigners: tuple[str, ...]) -> None:
-    assert "expected 2 witnesses" in failed(rewritten(lambda _, e: e, cosigners=cosigners))["witness-quorum"]
+    assert (
+        "no checkpoint over it has 2 witnesses"
+        in failed(rewritten(lambda _, e: e, cosigners=cosigners))["witness-quorum"]
+    )
+
+
+def test_a_round_that_went_on_before_the_one_before_was_witnessed_is_caught() -> None:
+    ledger = Ledger(study())
+    open_study(ledger)
+    for number, (site, release) in enumerate(epsilons(ledger.manifest, 3)):
+        ledger.add(round_record(ledger.manifest, number, epsilon=site, release_epsilon=release))
+        ledger.checkpoint(SITES if number != 1 else ("amber",))
+    assert failed(bundle_of(ledger)) == {
+        "witness-quorum": "entry 5: expected 2 witnesses before the next round"
+    }
 
 
 def test_a_forged_cosignature_line_is_caught(good: Bundle) -> None:
@@ -317,6 +331,7 @@ def test_failed_attempts_and_dropouts_are_charged_and_pass() -> None:
     again = Ledger(ledger.manifest)
     open_study(again)
     again.add(round_record(again.manifest, 0, epsilon=1.0, release_epsilon=0.0, outcome=Outcome.FAILED))
+    again.checkpoint()
     again.add(
         round_record(again.manifest, 0, epsilon=9.0, release_epsilon=exact, attempt=2, dropouts=("cedar",))
     )
@@ -643,7 +658,7 @@ def test_the_sites_own_records_must_agree_with_the_ledger() -> None:
         previous = record.sha256
         lines.append(canonical_json(signed_to_json(sign_record(key_of(OPERATOR), record))))
         ledger.add(replace(entry, record=record.sha256))
-    ledger.checkpoint()
+        ledger.checkpoint()
     members = {"records.jsonl": b"".join(line + b"\n" for line in lines)}
     assert failed(bundle_of(ledger, members)) == {}
     assert "site-records" not in unchecked(bundle_of(ledger, members))

@@ -174,6 +174,15 @@ def test_what_was_sent_stays_masked_until_a_quorum_has_seen_the_same_head(tmp_pa
         WitnessState(tmp_path / "fresh", log=LOG).verify_witnessed(full, witnesses=WITNESSES, quorum=0)
 
 
+def test_the_same_request_again_is_cosigned_again_not_taken_for_a_fork(tmp_path: Path) -> None:
+    state = WitnessState(tmp_path / "witness", log=LOG)
+    witness(state, request(HONEST, 0, 3))
+    asked = request(HONEST, 3, 8)
+    assert witness(state, asked) == witness(state, asked)
+    assert witness(WitnessState(tmp_path / "witness", log=LOG), asked)
+    assert not (tmp_path / "witness.fork").exists()
+
+
 def test_an_entry_is_believed_only_with_its_proof() -> None:
     entry = Entry(100, "ab" * 32, Incident(code="site-dropped", site="cedar", number=1, detail=""))
     leaves = [*HONEST[:5], format_entry(entry), *HONEST[5:9]]

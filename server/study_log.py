@@ -1,0 +1,196 @@
+"""One study in the operator's log: what the server loop appends, and what it shows the sites to witness.
+
+Every method may be called again after a crash: an entry that is in the log already is not appended twice.
+Guarantees: an entry is durable, and under a signed checkpoint, before anything that rests on it is sent.
+It talks to nobody: `server/app.py` carries its bytes to the sites and back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from common.config import Study
+from common.errors import FedRadError, LedgerInvalid
+from common.identity import Purpose, SigningKey, verify_signature
+from common.ledger.checkpoint import format_ledger_proof, verify_quorum, witness_key
+from common.ledger.entries import (
+    OPERATOR,
+    Approval,
+    Body,
+    Decision,
+    Entry,
+    Incident,
+    Outcome,
+    Participation,
+    Release,
+    RoundRecord,
+    StudyEnd,
+    StudyOpened,
+)
+from common.ledger.note import Note, VerifierKey, format_note, parse_signature_line
+from common.ledger.statements import sign_entry, verify_contribution
+from common.ledger.witness import format_cosign_request
+from server.log import Log
+
+log = logging.getLogger("fedrad.server")
+
+
+@dataclass(frozen=True)
+class WitnessOffer:
+    """What one site is shown with a request: a checkpoint to cosign, and the newest entry with its proof."""
+
+    request: bytes
+    entry: bytes
+    proof: bytes
+
+
+class StudyLog:
+    """The entries of one study, found again when the log is opened."""
+
+    def __init__(self, book: Log, study: Study, key: SigningKey, *, clock: Callable[[], float]) -> None:
+        self._book = book
+        self._study = study
+        self._key = key
+        self._clock = clock
+        self._seen_sizes: dict[str, int] = {}
+        self._newest = -1
+        self._shown = -1
+        self._releases: dict[int, int] = {}
+        self._approved: set[str] = set()
+        self._rounds: set[tuple[int, int]] = set()
+        self._ended = False
+        for index, entry in enumerate(book.entries()):
+            if entry.study == study.sha256:
+                self._note_entry(index, entry.body)
+
+    @property
+    def witnesses(self) -> tuple[VerifierKey, ...]:
+        sites = [site for site in self._study.cohort.site if site.witness_key]
+        return tuple(witness_key(site.id, bytes.fromhex(site.witness_key)) for site in sites)
+
+    def open(self, approvals: Mapping[str, bytes], *, code: str, lockfile: str, software: str) -> None:
+        """Log the study and the sites' approvals (64-byte signatures of the manifest) not logged yet.
+
+        Raises SignatureInvalid, naming no entry, for an approval that its site did not make.
+        """
+        from common.config import format_study
+
+        bodies: list[Body] = []
+        if self._newest < 0:
+            opened = StudyOpened(manifest=self._study, code=code, lockfile=lockfile, software=software)
+            bodies.append(opened)
+        for site, signature in sorted(approvals.items()):
+            if site not in self._approved:
+                verify_signature(
+                    self._study.site(site).message_key, Purpose.APPROVAL, format_study(self._study), signature
+                )
+                approve = Decision.APPROVE
+                bodies.append(Approval(site=site, decision=approve, policy="", signature=signature.hex()))
+        self._append(bodies)
+
+    def add_round(self, record: RoundRecord) -> None:
+        """Log one attempt; raises SignatureInvalid where a site did not sign its participation."""
+        if (record.number, record.attempt) in self._rounds:
+            return
+        for part in record.participations:
+            self.verify_participation(record, part)
+        self._append([record])
+
+    def verify_participation(self, record: RoundRecord, part: Participation) -> None:
+        """Raise SignatureInvalid unless the site signed these values of this round."""
+        verify_contribution(self._study.sha256, record, part, self._study.site(part.site).message_key)
+
+    def add_release(self, release: Release) -> tuple[bytes, Note]:
+        """Log a release, once; returns its entry and the latest checkpoint, to be cosigned before `proof`."""
+        if release.version not in self._releases:
+            self._append([release])
+        return self._book.leaf(self._releases[release.version]), self._book.checkpoint()
+
+    def add(self, body: Incident | StudyEnd) -> None:
+        """Log an incident, or the study's end (once)."""
+        if isinstance(body, StudyEnd) and self._ended:
+            return
+        self._append([body])
+
+    # --- witnessing ---------------------------------------------------------------------------------------
+
+    def saw(self, site: str, size: int) -> None:
+        """Remember the tree size that a site says it has seen (its hello, or a WitnessBehind refusal)."""
+        self._seen_sizes[site] = min(size, self._book.size)
+
+    def offer(self, site: str) -> WitnessOffer:
+        """Return what a site is shown next: the latest checkpoint, and in it the last released round.
+
+        Before the first released round it is the study's opening.
+        """
+        request = self._book.cosign_request(self._seen_sizes.get(site, 0))
+        proof = format_ledger_proof(self._book.prove(self._shown))
+        return WitnessOffer(format_cosign_request(request), self._book.leaf(self._shown), proof)
+
+    def cosigned(self, site: str, line: bytes) -> None:
+        """Keep a site's cosignature of the latest checkpoint.
+
+        Raises NoteInvalid, NoteSignatureInvalid or LedgerInvalid for one that is not this site's.
+        """
+        signature = parse_signature_line(line)
+        if signature.name != site:
+            raise LedgerInvalid(f"cosignature: expected one of {site}, got one of {signature.name!r}")
+        self._book.add_cosignatures([signature], witnesses=self.witnesses)
+        self._seen_sizes[site] = self._book.size
+
+    def witnessed(self) -> bytes:
+        """Return the latest checkpoint once a quorum has cosigned it; raises QuorumNotReached."""
+        note = self._book.checkpoint()
+        verify_quorum(note, self.witnesses, quorum=self._study.cohort.witness_quorum)
+        return format_note(note)
+
+    def proof(self, leaf: bytes) -> bytes:
+        """Return the offline proof of an entry under the latest checkpoint; raises LedgerInvalid."""
+        for index in range(self._book.size - 1, -1, -1):
+            if self._book.leaf(index) == leaf:
+                return format_ledger_proof(self._book.prove(index))
+        raise LedgerInvalid("expected an entry of this log, got another")
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _append(self, bodies: Iterable[Body]) -> int:
+        """Append entries signed by the operator, under a new checkpoint; returns the last one's index."""
+        entries = [self._signed(body) for body in bodies]
+        if entries:
+            first = self._book.append(entries)
+            self._book.checkpoint()
+            for offset, entry in enumerate(entries):
+                self._note_entry(first + offset, entry.body)
+        return self._newest
+
+    def _signed(self, body: Body) -> Entry:
+        time_s = max(int(self._clock()), self._book.last_time_s)
+        entry = Entry(time_s, self._study.sha256, body)
+        return sign_entry(entry, signer=OPERATOR, key=self._key)
+
+    def _note_entry(self, index: int, body: Body) -> None:
+        if isinstance(body, StudyOpened):
+            self._shown = index
+        elif isinstance(body, Approval):
+            self._approved.add(body.site)
+        elif isinstance(body, RoundRecord):
+            self._rounds.add((body.number, body.attempt))
+            if body.outcome is Outcome.RELEASED:
+                self._shown = index
+        elif isinstance(body, Release):
+            self._releases[body.version] = index
+        elif isinstance(body, StudyEnd):
+            self._ended = True
+        self._newest = index
+
+
+def cosign_or_name(study_log: StudyLog, site: str, line: bytes) -> str:
+    """Keep a cosignature; a line that does not hold is named in the log and costs the site's vote only."""
+    try:
+        study_log.cosigned(site, line)
+    except FedRadError as error:
+        log.warning("cosignature of %s refused: %s: %s", site, error.code, error)
+        return error.code
+    return ""
