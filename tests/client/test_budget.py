@@ -344,6 +344,7 @@ def test_death_before_and_after_each_system_call_never_leaves_the_ledger_below_w
     budget_crash.check_ledger_survives_each_system_call(budget_module, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_crash_worker_also_runs_as_a_program_of_its_own(tmp_path: Path) -> None:
     """One kill of a real process, not a fork, between charge and reply."""
     process = subprocess.Popen([sys.executable, "-m", "tests.client.budget_crash", str(tmp_path)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -12,6 +13,7 @@ from deploy.local.inversion import demonstrate
 from tests.common.privacy.checks import plan_of
 
 
+@pytest.mark.slow
 def test_a_picture_comes_out_of_an_un_noised_update_and_not_out_of_a_noised_one(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     shown = demonstrate(tmp_path, plan_of(clip_norm=1.0), Csprng.for_test(0), steps=120)
