@@ -36,7 +36,13 @@ def data() -> None:
 def import_(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder to import.")],
     out: Annotated[Path, typer.Option("--out", help="Prepared data folder to make.")],
-    format_: Annotated[str, typer.Option("--format", help="auto, table or dicom+table.")] = "auto",
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="auto, table, dicom+table, dicomdir, mimic-cxr-jpg, padchest, openi-xml or fhir-ndjson.",
+        ),
+    ] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but write; show ten pairs.")
     ] = False,
@@ -199,32 +205,14 @@ def main() -> None:
         sys.exit(1)
 
 
-FORMATS = ("auto", "table", "dicom+table")
-
-
 def _reader(name: str, source: Path) -> tuple[str, Reader]:
-    from client.data.sources.dicom_folder import read_dicom_folder
-    from client.data.sources.table import read_table
+    from client.data.sources import FORMATS, guess_format, reader_of
 
-    if name not in FORMATS:
-        raise typer.BadParameter(f"expected one of {', '.join(FORMATS)}", param_hint="--format")
     if name == "auto":
         name = guess_format(source)
-    if name == "table":
-        return name, lambda plan, progress: read_table(plan.source, table=plan.table, mapping=plan.mapping)
-    return name, lambda plan, progress: read_dicom_folder(
-        plan.source, table=plan.table, mapping=plan.mapping, progress=progress
-    )
-
-
-def guess_format(source: Path) -> str:
-    """Guess the format from what lies in the folder: DICOM files mean dicom+table, else table."""
-    from itertools import islice
-
-    from client.data.dicom import is_dicom
-    from client.data.sources.paths import walk_files
-
-    return "dicom+table" if any(is_dicom(path) for path in islice(walk_files(source), 200)) else "table"
+    if name not in FORMATS:
+        raise typer.BadParameter(f"expected auto or one of {', '.join(FORMATS)}", param_hint="--format")
+    return name, reader_of(name)
 
 
 @contextmanager

@@ -95,16 +95,18 @@ class Report:
 
 
 def split_sections(text: str) -> Report:
-    """Cut free report text at its headings; text before or without headings counts as findings."""
+    """Cut free report text at its headings; without a findings heading, what comes first is findings."""
     pattern = re.compile(_heading_pattern(), re.I | re.M)
     sections: dict[str, list[str]] = {}
-    current, position, found = "findings", 0, False
+    current, position = "before", 0
     for match in pattern.finditer(text):
-        sections.setdefault(current if found else "findings", []).append(text[position : match.start()])
-        current = section_of(match.group("heading"))
-        position, found = match.end(), True
+        sections.setdefault(current, []).append(text[position : match.start()])
+        current, position = section_of(match.group("heading")), match.end()
     sections.setdefault(current, []).append(text[position:])
-    return Report({name: one_line(" ".join(parts)) for name, parts in sections.items()}, found)
+    before = sections.pop("before", [])
+    if "findings" not in sections and any(part.strip() for part in before):
+        sections["findings"] = before
+    return Report({name: one_line(" ".join(parts)) for name, parts in sections.items()}, current != "before")
 
 
 def section_of(heading: str) -> str:

@@ -21,6 +21,7 @@ class Reason(StrEnum):
     PATIENT_CONFLICT = "study-of-two-patients"
     NO_REPORT = "no-report"
     NO_FINDINGS = "report-without-findings"
+    REPORT_UNREADABLE = "report-unreadable"
     REPORT_TOO_LONG = "report-too-long"
     NO_IMAGE = "no-image"
     LATERAL_VIEW = "lateral-view"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from client.data.dicom import is_dicom, read_dicom, text_of, view_of
-from client.data.sources.paths import walk_files
+from client.data.sources.paths import resolve_inside, walk_files
 from client.data.sources.table import IDENTIFIERS, SECTIONS, find_table, read_rows
 from client.data.study import Reason, SourceImage, SourceStudy
 from common.errors import SourceInvalid, StudyRejected
@@ -33,14 +33,13 @@ CREATE INDEX by_accession ON image (accession);
 def read_dicom_folder(
     folder: Path,
     *,
-    table: Path | None = None,
+    rows: Iterator[tuple[str, dict[str, str]]],
     files: Iterator[Path] | None = None,
-    mapping: Mapping[str, str] | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Iterator[SourceStudy]:
-    """Yield one study per row of the report table, then those that have images only.
+    """Yield one study per row (`file:line`, columns as `read_rows` names them), then those with images only.
 
-    `table` defaults to the folder's own; `files` to every file below it.
+    `files` defaults to every file below the folder.
     """
     index = sqlite3.connect("")
     index.executescript(_SCHEMA)
@@ -50,7 +49,7 @@ def read_dicom_folder(
             progress("gather", number, 0)
         if not index.execute("SELECT 1 FROM image LIMIT 1").fetchone():
             raise SourceInvalid(f"expected DICOM files below {folder}, found none")
-        yield from _joined(index, table or find_table(folder), mapping or {})
+        yield from _joined(index, rows)
         yield from _without_report(index)
     finally:
         index.close()
@@ -71,8 +70,32 @@ def _store(index: sqlite3.Connection, folder: Path, path: Path, number: int) -> 
     )
 
 
-def _joined(index: sqlite3.Connection, table: Path, mapping: Mapping[str, str]) -> Iterator[SourceStudy]:
-    for where, row in read_rows(table, required=("study",), mapping=mapping):
+def report_rows(
+    folder: Path, *, table: Path | None = None, mapping: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of the report table, by default the one in the folder."""
+    return read_rows(table or find_table(folder), required=("study",), mapping=mapping)
+
+
+def dicomdir_files(folder: Path) -> Iterator[Path]:
+    """Yield the image files that the DICOMDIR of a medium lists; raises SourceInvalid without one."""
+    path = folder / "DICOMDIR"
+    if not path.is_file():
+        raise SourceInvalid(f"expected a DICOMDIR in {folder}, found none")
+    try:
+        records = read_dicom(path, pixels=False).get("DirectoryRecordSequence") or []
+    except StudyRejected as error:
+        raise SourceInvalid(f"cannot read {path}: {error.reason}") from error
+    for record in records:
+        if text_of(record, "DirectoryRecordType").upper() == "IMAGE":
+            try:
+                yield resolve_inside(folder, text_of(record, "ReferencedFileID").replace("\\", "/"))
+            except StudyRejected as error:
+                raise SourceInvalid(f"{path} lists a file that is {error.reason}") from error
+
+
+def _joined(index: sqlite3.Connection, rows: Iterator[tuple[str, dict[str, str]]]) -> Iterator[SourceStudy]:
+    for where, row in rows:
         names = json.dumps([name.strip() for name in row.get("image", "").split(";") if name.strip()])
         found = (
             index.execute(
@@ -100,7 +123,7 @@ def _joined(index: sqlite3.Connection, table: Path, mapping: Mapping[str, str]) 
             images=tuple(SourceImage(path, view) for path, _, view, _ in found),
             text={name: row[name] for name in (*SECTIONS, "report") if row.get(name)},
             known=tuple((name, row[name]) for name in IDENTIFIERS if row.get(name)),
-            reason=reason,
+            reason=reason or row.get("reason", ""),
         )
 
 

@@ -8,14 +8,19 @@ used is yielded with its reason, and no other file is read. It does not judge th
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import tomllib
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
 from client.data.study import Reason, SourceImage, SourceStudy
 from common.errors import SourceInvalid
 
 MAX_FIELD_CHARS = 1 << 20
+MAX_INFLATED_BYTES = 4 << 30
 SECTIONS = ("indication", "findings", "impression")
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "patient": ("patient", "patient_id", "patientid", "subject_id", "mrn"),
@@ -75,32 +80,83 @@ def read_mapping(path: Path | None) -> dict[str, str]:
     return columns
 
 
+def open_text(path: Path) -> TextIO:
+    """Open a plain or gzip-compressed UTF-8 text file; inflating stops at `MAX_INFLATED_BYTES`."""
+    if path.suffix != ".gz":
+        return path.open(encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(io.BufferedReader(_Bounded(path)), encoding="utf-8-sig", newline="")
+
+
+class _Bounded(io.RawIOBase):
+    """A gzip reader that raises SourceInvalid after `MAX_INFLATED_BYTES`."""
+
+    def __init__(self, path: Path) -> None:
+        self._source, self._left = gzip.GzipFile(path), MAX_INFLATED_BYTES
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._source.read(len(buffer))
+        except (OSError, EOFError, zlib.error) as error:
+            raise SourceInvalid("expected a whole gzip file, got a damaged one") from error
+        self._left -= len(data)
+        if self._left < 0:
+            raise SourceInvalid(
+                f"expected at most {MAX_INFLATED_BYTES} bytes in a compressed table, got more"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def read_rows(
     table: Path, *, required: tuple[str, ...], mapping: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (`file:line`, row under our column names) for every row; absent columns are empty.
+    """Yield (`file:line`, row under our column names) for every row; absent columns are missing.
 
     Raises SourceInvalid for a missing required column, a row of the wrong width, or text that is not UTF-8.
     """
+    rows = _raw_rows(table)
+    header = [name.lower() for name in next(rows)[1]]
+    columns = _columns(table, header, required, mapping or {})
+    for where, values in rows:
+        yield where, {name: values[index] for name, index in columns.items()}
+
+
+def read_columns(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (`file:line`, row) with exactly the named columns; raises SourceInvalid as `read_rows`."""
+    rows = _raw_rows(table)
+    header = next(rows)[1]
+    if missing := [name for name in columns if name not in header]:
+        raise SourceInvalid(f"{table}: expected a column {missing[0]}, found none")
+    places = [header.index(name) for name in columns]
+    for where, values in rows:
+        yield where, {name: values[place] for name, place in zip(columns, places, strict=True)}
+
+
+def _raw_rows(table: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the header, then every row that is not empty, as stripped values of the header's width."""
     if table.is_symlink() or not table.is_file():
         raise SourceInvalid(f"expected a plain file {table}")
     csv.field_size_limit(MAX_FIELD_CHARS)
     try:
-        with table.open(encoding="utf-8-sig", newline="") as handle:
+        with open_text(table) as handle:
             header_line = handle.readline(MAX_FIELD_CHARS)
             delimiter = max(",;\t|", key=header_line.count)
-            header = [
-                name.strip().lower() for name in next(csv.reader([header_line], delimiter=delimiter), [])
-            ]
-            columns = _columns(table, header, required, mapping or {})
+            header = [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter), [])]
+            yield f"{table.name}:1", header
             reader = csv.reader(handle, delimiter=delimiter)
             for values in reader:
                 where = f"{table.name}:{reader.line_num + 1}"
-                if not values:
-                    continue
-                if len(values) != len(header):
+                if values and len(values) != len(header):
                     raise SourceInvalid(f"{where}: expected {len(header)} values, got {len(values)}")
-                yield where, {name: values[index].strip() for name, index in columns.items()}
+                if values:
+                    yield where, [value.strip() for value in values]
     except UnicodeDecodeError as error:
         raise SourceInvalid(f"expected UTF-8 text in {table}, got other bytes at {error.start}") from error
     except csv.Error as error:

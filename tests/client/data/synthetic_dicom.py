@@ -109,6 +109,7 @@ def dataset_for(
     ds.PatientAddress = f"{number} Elm Street"
     ds.PatientComments = f"{study.given} {study.family} prefers mornings"
     ds.StudyDescription = f"CHEST {study.family}"
+    ds.StudyID, ds.SeriesNumber, ds.InstanceNumber = "1", 1, 1
     ds.Modality, ds.BodyPartExamined, ds.ViewPosition = "DX", "CHEST", view
     ds.PatientOrientation = ["L", "F"] if view != "LL" else ["A", "F"]
     ds.BurnedInAnnotation = "NO"
