@@ -9,7 +9,6 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-RECORD = "fedrad"
 RELAY_TIMEOUT_S = 6 * 3600.0
 
 app = ClientApp()
@@ -20,17 +19,12 @@ def relay(message: Message, context: Context) -> Message:
     """Pass one envelope to the agent at node_config `agent` and return its answer."""
     from client.service import call_agent
     from common.protocol import Stage
+    from common.relay import RECORD, join_envelope, split_envelope
 
-    record = message.content[RECORD]
-    stage = str(record["stage"])
-    if stage == "whoami":
-        answer = ConfigRecord({"site": str(context.node_config["site"])})
-    else:
-        reply = call_agent(
-            str(context.node_config["agent"]),
-            Stage(stage),
-            bytes(record["envelope"]),  # type: ignore[arg-type]
-            timeout_s=RELAY_TIMEOUT_S,
-        )
-        answer = ConfigRecord({"stage": stage, "envelope": reply})
-    return Message(RecordDict({RECORD: answer}), reply_to=message)
+    if message.content[RECORD]["stage"] == "whoami":
+        site = ConfigRecord({"site": str(context.node_config["site"])})
+        return Message(RecordDict({RECORD: site}), reply_to=message)
+    stage, envelope = join_envelope(message.content)  # type: ignore[arg-type]
+    reply = call_agent(str(context.node_config["agent"]), Stage(stage), envelope, timeout_s=RELAY_TIMEOUT_S)
+    records = {name: ConfigRecord(record) for name, record in split_envelope(stage, reply).items()}
+    return Message(RecordDict(records), reply_to=message)

@@ -22,14 +22,20 @@ _SHOW_AFTER_S = 3.0
 
 def run_program(app: typer.Typer) -> None:
     """Run a typer app; a FedRadError becomes one line and exit code 1, Ctrl-C a line and 130."""
+    import click
+
     try:
-        app()
+        code = app(standalone_mode=False)
     except FedRadError as error:
         print(f"error: {error.code}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def answer(value: Any, *, as_json: bool, text: Callable[[], str]) -> None:

@@ -20,8 +20,8 @@ from common.errors import FedRadError
 from common.model.lora import vector_size
 from common.protocol import SERVER, Expected, Kind, open_message, unpack_body
 from common.protocol import Message as SignedMessage
+from common.relay import RECORD, join_envelope, split_envelope
 
-_RECORD = "fedrad"
 _FIRST_POLL_S = 0.002
 _LAST_POLL_S = 0.25
 
@@ -136,7 +136,7 @@ class Cohort:
         replies = self._poll(ids, until_unix_s=self._clock() + 30.0)
         for message_id, reply in replies:
             if reply.has_content():
-                site = str(reply.content[_RECORD]["site"])
+                site = str(reply.content[RECORD]["site"])
                 if site in self._keys:
                     self._nodes.setdefault(site, ids[message_id])
 
@@ -168,16 +168,15 @@ class SiteRefused(FedRadError):
 
 
 def _message(node: int, stage: str, envelope: bytes) -> Message:
-    record = ConfigRecord({"stage": stage, "envelope": envelope})
-    return Message(RecordDict({_RECORD: record}), dst_node_id=node, message_type="query.relay")
+    records = {name: ConfigRecord(record) for name, record in split_envelope(stage, envelope).items()}
+    return Message(RecordDict(records), dst_node_id=node, message_type="query.relay")
 
 
 def _envelope(reply: Message) -> bytes:
     if reply.has_error():
         reason = " ".join(str(reply.error.reason).split())[:300]
         raise NodeFailed(f"Flower error {reply.error.code}: {reason}")
-    record = reply.content[_RECORD]
-    return bytes(record["envelope"])  # type: ignore[arg-type]
+    return join_envelope(reply.content)[1]  # type: ignore[arg-type]
 
 
 def _stage(request: bytes) -> str:

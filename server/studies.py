@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config import Mode, Study, format_study, verify_resolved
@@ -32,7 +32,7 @@ name = "{base}"                  # "tiny", or the name under which every site ho
 rank = {rank}
 alpha = {alpha}
 targets = '{targets}'
-strategy = "alternating"         # "alternating" (RoLoRA), "frozen-a" (FFA-LoRA) or "joint"
+strategy = "{strategy}"         # "alternating" (RoLoRA), "frozen-a" (FFA-LoRA) or "joint"
 init_seed = 7
 
 # Stages run in order. "align" trains the projector only, "tune" the projector and LoRA.
@@ -43,7 +43,7 @@ patients = {patients}                  # public, nominal training patients of al
 studies_per_patient = 2          # at most this many of a drawn patient's studies
 max_tokens = {max_tokens}                 # prompt, image and report
 max_new_tokens = {max_new_tokens}
-microbatch_patients = 32         # memory only; the result does not depend on it
+microbatch_patients = {microbatch}         # memory and speed only
 
 [optimizer]                      # the server's
 name = "adam"                    # or "sgd" with momentum
@@ -90,6 +90,36 @@ spare_rounds = {spare}
 """
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a manifest that depend on the base's size; learned on public data."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    strategy: str = "alternating"
+    align_rounds: int = 10
+    rounds: int = 60
+    learning_rate: float = 1e-3
+    sampling_rate: float = 0.05
+    clip_norm: float = 1.0
+    max_tokens: int = 512
+    max_new_tokens: int = 160
+    microbatch_patients: int = 4
+
+
+TINY = Recipe(
+    align_rounds=0,
+    rounds=20,
+    learning_rate=8e-3,
+    sampling_rate=0.12,
+    clip_norm=0.5,
+    max_tokens=128,
+    max_new_tokens=60,
+    microbatch_patients=64,
+)
+
+
 def study_template(
     *,
     id: str,
@@ -99,6 +129,7 @@ def study_template(
     rounds: int | None = None,
     patients: int | None = None,
     release_epsilon: float = 8.0,
+    recipe: Recipe | None = None,
 ) -> str:
     """Write a complete, commented manifest that runs as it is; raises ManifestInvalid."""
     if not sites:
@@ -107,31 +138,34 @@ def study_template(
         raise ManifestInvalid(f"mode: expected consortium, local or plain, got {mode!r}")
     if mode == "consortium" and len(sites) < 2:
         raise ManifestInvalid("sites: expected at least 2 for secure aggregation, got 1; use --mode local")
-    tiny = base == "tiny"
-    rounds = rounds or 60
+    recipe = recipe or (TINY if base == "tiny" else Recipe())
+    rounds = rounds or recipe.rounds
     dropouts = len(sites) - threshold(len(sites)) if mode == "consortium" else 0
     privacy = {"consortium": _CONSORTIUM, "local": _LOCAL, "plain": _PLAIN}[mode].format(
         site_epsilon=2 * release_epsilon if mode == "consortium" else release_epsilon,
         release_epsilon=release_epsilon,
-        clip_norm=1.0,
+        clip_norm=recipe.clip_norm,
         dropouts=dropouts,
-        spare=max(2, rounds // 20),
+        spare=max(2, rounds // 10),
     )
+    align = _stage("align", recipe.align_rounds, recipe.learning_rate) if recipe.align_rounds else ""
     return _TEMPLATE.format(
         id=id,
         base=base,
-        rank=8,
-        alpha=16,
-        targets=r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
-        stages=("" if tiny else _stage("align", 10, 1e-3)) + _stage("tune", rounds, 4e-3 if tiny else 1e-3),
-        sampling_rate=0.05,
-        patients=patients or 1500 * len(sites),
-        max_tokens=96 if tiny else 512,
-        max_new_tokens=48 if tiny else 160,
+        rank=recipe.rank,
+        alpha=recipe.alpha,
+        targets=recipe.targets,
+        strategy=recipe.strategy,
+        stages=align + _stage("tune", rounds, recipe.learning_rate),
+        sampling_rate=recipe.sampling_rate,
+        patients=patients or 700 * len(sites),
+        max_tokens=recipe.max_tokens,
+        max_new_tokens=recipe.max_new_tokens,
+        microbatch=recipe.microbatch_patients,
         privacy=privacy,
         min_sites=len(sites) - dropouts if mode == "consortium" else max(1, len(sites) - 1),
         sites="".join(f'\n[[cohort.site]]\nid = "{site}"\n' for site in sites),
-        every_rounds=max(1, rounds // 6),
+        every_rounds=max(1, rounds // 5),
     )
 
 
@@ -191,5 +225,5 @@ def write_manifest(path: Path, text: str) -> None:
 def _stage(name: str, rounds: int, learning_rate: float) -> str:
     return (
         f'[[stage]]\nname = "{name}"\nrounds = {rounds}\nlearning_rate = {learning_rate}\n'
-        f'schedule = "cosine"\nwarmup_rounds = {min(5, rounds)}\n\n'
+        f'schedule = "cosine"\nwarmup_rounds = {min(5, max(1, rounds // 20))}\n\n'
     )

@@ -11,7 +11,9 @@ import typer
 from common.terminal import answer, bars, run_program
 
 app = typer.Typer(help="Run a whole FedRad consortium on this machine.", no_args_is_help=True)
-base_app = typer.Typer(help="The tiny base model that the project builds itself.", no_args_is_help=True)
+base_app = typer.Typer(
+    help="Base models that the project makes: tiny, and smollm from PyPI parts.", no_args_is_help=True
+)
 app.add_typer(base_app, name="base")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -46,13 +48,14 @@ def demo(
     out: OutOption = Path("runs/demo"),
     engine: EngineOption = "inprocess",
     seed: Annotated[int, typer.Option(help="Of the synthetic patients.")] = 1,
+    mode: Annotated[str, typer.Option(help="consortium (private, masked), local or plain.")] = "consortium",
     as_json: Json = False,
 ) -> None:
     """Train on four made-up hospitals' synthetic radiographs and show the result."""
     from deploy.local.demo import prepare_demo
 
     with bars() as display:
-        manifest, data = prepare_demo(out, seed=seed, progress=display.step)
+        manifest, data = prepare_demo(out, seed=seed, mode=mode, progress=display.step)
     result = _run(manifest, data=data, out=out / "run", engine=engine, base=None, compare=True)
     answer(result, as_json=as_json, text=lambda: _summary(result))
 
@@ -72,8 +75,23 @@ def remake(
         raise BaseInvalid(f"{out}: expected no directory here yet, got one")
     with bars() as display:
         losses = make_tiny(out, steps=steps, progress=display.step)
-    value = {"base": str(out), "steps": len(losses), "last_loss": losses[-1] if losses else None}
-    answer(value, as_json=as_json, text=lambda: f"{out}: {len(losses)} steps")
+    value = {"base": str(out), "steps": {stage: len(path) for stage, path in losses.items()}}
+    answer(value, as_json=as_json, text=lambda: f"{out}: {value['steps']}")
+
+
+@base_app.command()
+def smollm(
+    out: Annotated[Path, typer.Argument(help="New directory for the base.")],
+    seed: Annotated[int, typer.Option(help="Of the projector.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Convert SmolLM2-135M and DINOv2-S from their PyPI packages (extra `smollm`) into a base."""
+    _one_thread()
+    from common.model.smollm import convert_smollm
+
+    with bars() as display:
+        convert_smollm(out, seed=seed, progress=display.step)
+    answer({"base": str(out)}, as_json=as_json, text=lambda: str(out))
 
 
 def _run(
