@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.errors import FedRadError
+from common.terminal import answer, run_program
 
 app = typer.Typer(
     name="fedrad-audit",
@@ -44,18 +44,21 @@ def verify(bundle: Bundle, log_key: LogKey = "", as_json: AsJson = False) -> Non
     from common.ledger.findings import Status, catalogue
 
     report = _verified(bundle, log_key)
-    if as_json:
-        _print_json(report.to_json())
-    else:
-        titles = {control["id"]: control["title"] for control in catalogue()["controls"]}
+    titles = {control["id"]: control["title"] for control in catalogue()["controls"]}
+
+    def text() -> str:
+        lines = []
         for finding in report.findings:
-            print(f"{finding.status.value:>13}  {titles[finding.control]}: {finding.detail}")
+            lines.append(f"{finding.status.value:>13}  {titles[finding.control]}: {finding.detail}")
             if finding.status is Status.FAIL and finding.evidence:
-                print(f"{'':>13}  see {', '.join(finding.evidence)}")
-        print(
-            f"\n{'PASS' if report.passed else 'FAIL'}: {report.count(Status.PASS)} passed, "
-            f"{report.count(Status.FAIL)} failed, {report.count(Status.NOT_CHECKABLE)} not checkable"
+                lines.append(f"{'':>13}  see {', '.join(finding.evidence)}")
+        verdict = "PASS" if report.passed else "FAIL"
+        counts = f"{report.count(Status.PASS)} passed, {report.count(Status.FAIL)} failed"
+        return "\n".join(
+            [*lines, "", f"{verdict}: {counts}, {report.count(Status.NOT_CHECKABLE)} not checkable"]
         )
+
+    answer(report.to_json(), as_json=as_json, text=text)
     if not report.passed:
         raise typer.Exit(1)
 
@@ -86,10 +89,8 @@ def report(
         data = render_pdf(TITLE, report_blocks(verified))
     path = out or bundle.with_suffix(f".{format.value}")
     write_atomic(path, data)
-    if as_json:
-        _print_json({"report": str(path), "bytes": len(data), "result": verified.to_json()["result"]})
-    else:
-        print(f"{path} ({len(data)} bytes), {verified.to_json()['result']}")
+    value = {"report": str(path), "bytes": len(data), "result": verified.to_json()["result"]}
+    answer(value, as_json=as_json, text=lambda: f"{path} ({len(data)} bytes), {value['result']}")
     if not verified.passed:
         raise typer.Exit(1)
 
@@ -108,10 +109,7 @@ def show(
     if not 0 <= entry < len(leaves):
         raise BundleInvalid(f"expected an entry from 0 to {len(leaves) - 1}, got {entry}")
     value = json.loads(leaves[entry])
-    if as_json:
-        _print_json(value)
-    else:
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+    answer(value, as_json=as_json, text=lambda: json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _verified(path: Path, log_key: str) -> Any:
@@ -124,16 +122,8 @@ def _verified(path: Path, log_key: str) -> Any:
     )
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, sort_keys=True))
-
-
 def main() -> None:
-    try:
-        app()
-    except FedRadError as error:
-        print(f"fedrad-audit: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    run_program(app)
 
 
 if __name__ == "__main__":

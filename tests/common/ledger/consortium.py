@@ -100,10 +100,11 @@ class Ledger:
     leaves: list[bytes] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     tree: Tree = field(default_factory=Tree)
+    origin: str = ORIGIN
 
     @property
     def log(self) -> VerifierKey:
-        return log_key(ORIGIN, bytes.fromhex(key_of(OPERATOR).public))
+        return log_key(self.origin, bytes.fromhex(key_of(OPERATOR).public))
 
     @property
     def witnesses(self) -> list[VerifierKey]:
@@ -124,7 +125,7 @@ class Ledger:
         return len(self.leaves) - 1
 
     def checkpoint(self, cosigners: Iterable[str] | None = None) -> Note:
-        head = Checkpoint(ORIGIN, self.tree.size, self.tree.root())
+        head = Checkpoint(self.origin, self.tree.size, self.tree.root())
         note = sign_checkpoint(head, private_key=key_of(OPERATOR).private)
         names = self.manifest.site_ids if cosigners is None else cosigners
         note = merge_signatures(
