@@ -135,7 +135,7 @@ class SiteAgent:
                 return seal_reply(self._key, message, nonce=self._nonce(), body=body, refusal=True)
 
     def message_limit(self, start: bytes) -> int:
-        """Say how long the message that starts so may be, in bytes; raises BodyTooLarge and as `handle` does."""
+        """Say how long a message that starts so may be, in bytes; raises BodyTooLarge, else as `handle`."""
         try:
             header = read_header(start, max_body_bytes=1 << 62)
             study = read_approved_study(self.home, header.study)
@@ -212,10 +212,10 @@ class SiteAgent:
         """Say how far this site's verified history goes; load model and data, commit the budget."""
         unpack_body(message.body, fields={})
         self._training_data(running)
-        if running.study.privacy.mode is not Mode.PLAIN:
+        seen = running.state.seen()
+        if running.study.privacy.mode is not Mode.PLAIN and seen.round + 1 < running.study.rounds:
             verify_plan(running.study)
             self._open_budget().commit(running.study.sha256, plan_of(running.study))
-        seen = running.state.seen()
         return pack_body({"version": VERSION, "seen_round": seen.round, "seen_record": seen.record_sha256})
 
     def _keys(self, message: Message, running: _Running) -> bytes:

@@ -53,7 +53,7 @@ def run_study(grid: Grid, directory: Path, *, clock: Clock = time.time) -> Study
         state = opened.load_state(_initial_adapter(opened))
         cohort = Cohort(grid, study, clock=clock)
         opened.log("started", round=state.round + 1, rounds=study.rounds, study=study.sha256)
-        histories = _meet(opened, key, cohort, clock)
+        histories = _meet(opened, key, cohort, clock) if state.round + 1 < study.rounds else {}
         while state.round + 1 < study.rounds:
             state = _run_round(opened, key, cohort, state, histories, clock)
         _finish(opened, key, cohort, state, histories, clock)
@@ -81,7 +81,7 @@ def _run_round(
         started = clock()
         collected, reason = _collect(Attempt(opened, key, cohort, state, pending, histories, clock))
         served = len(collected.contributions)
-        missing = {**_absent(study, pending), **collected.missing}
+        missing = _missing(study, pending, collected)
         if not reason and served >= study.cohort.min_sites:
             break
         _name_failure(opened, pending, missing, served, reason)
@@ -207,8 +207,15 @@ def _initial_adapter(opened: StudyDirectory) -> Vector:
     return vector
 
 
-def _absent(study: Study, pending: Pending) -> dict[str, str]:
-    return {site: "not connected" for site in study.site_ids if site not in pending.cohort}
+def _missing(study: Study, pending: Pending, collected: Collected) -> dict[str, str]:
+    """Name every site of the study that is not in the sum, with the reason."""
+    missing = {}
+    for site in study.site_ids:
+        if site not in pending.cohort:
+            missing[site] = "not connected"
+        elif site not in collected.contributions:
+            missing[site] = "no keys for this round: it joins the next"
+    return {**missing, **collected.missing}
 
 
 def _name_failure(

@@ -60,7 +60,7 @@ init_seed = 7
 [[stage]]
 name = "tune"
 rounds = {rounds}
-learning_rate = 0.01
+learning_rate = 0.002
 schedule = "constant"
 [training]
 sampling_rate = 0.5

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from common.errors import AccountantsDisagree, PlanInvalid
@@ -97,8 +98,11 @@ def epsilon_pld(
     """Epsilon by privacy-loss distributions, rounded up by the discretisation; infinite without noise."""
     history = bucketed(rounds)
     trivial = _trivial(history, delta)
-    if trivial is not None:
-        return trivial
+    return _pld(history, delta, discretisation) if trivial is None else trivial
+
+
+@lru_cache(maxsize=256)  # a budget asks the same question at every charge
+def _pld(history: History, delta: float, discretisation: float) -> float:
     from dp_accounting.pld import PLDAccountant
 
     accountant = PLDAccountant(value_discretization_interval=discretisation)
