@@ -93,13 +93,16 @@ def check_ledger_covers_releases(budget_module: Any, directory: Path, *, kills: 
 def check_ledger_survives_each_system_call(budget_module: Any, directory: Path) -> None:
     """Die before and after each write, sync and rename of one round: the ledger covers the releases."""
     calls = ("pwrite", "fsync", "replace", "open", "write")
+    work(budget_module, directory, until=0)
+    committed = (directory / "budget.jsonl").read_bytes()
     for step in range(1000):
         child = _fork(lambda step=step: _die_at(step, calls, lambda: work(budget_module, directory, until=2)))
         _, status = os.waitpid(child, 0)
         verify_covered(budget_module, directory)
         finished = not os.WIFSIGNALED(status)
-        for name in ("budget.jsonl", "budget.seeds", "released"):
+        for name in ("budget.seeds", "released"):
             (directory / name).unlink(missing_ok=True)
+        (directory / "budget.jsonl").write_bytes(committed)
         if finished:
             assert step > 20, "too few system calls were seen"
             return
