@@ -29,6 +29,11 @@ class Mark:
     tone: str
 
 
+def entry_link(index: int) -> Link:
+    """Link to ledger entry `index`, whose record has the anchor `entry-<index>`."""
+    return Link(f"entry {index}", f"entry-{index}")
+
+
 Cell: TypeAlias = "str | Link | Mark | tuple[str | Link | Mark, ...]"
 
 
@@ -85,7 +90,7 @@ main { max-width: 62rem; margin: 0 auto; background: #fff; padding: 2.5rem 3rem 
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; padding-top: .6rem; border-top: 1px solid #d9dde3; }
 h3 { font-size: 1.02rem; margin: 1.4rem 0 .4rem; }
-p { margin: .4rem 0 .7rem; max-width: 48rem; }
+p { margin: .4rem 0 .7rem; max-width: 48rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; margin: .5rem 0 1rem; table-layout: fixed; }
 th, td { text-align: left; vertical-align: top; padding: .32rem .6rem .32rem 0; overflow-wrap: anywhere;
   border-bottom: 1px solid #e6e9ee; }
@@ -99,7 +104,8 @@ summary { cursor: pointer; font-size: .9rem; font-variant-numeric: tabular-nums;
 pre { font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f5f7;
   padding: .6rem; }
 figure { margin: .8rem 0 1.2rem; } figcaption { font-size: .88rem; color: #4a5565; }
-@media (max-width: 50rem) { main { padding: 1.2rem 1rem 3rem; } td, th { padding-right: .35rem; } }
+@media (max-width: 50rem) { main { padding: 1.2rem 1rem 3rem; }
+  td, th { padding-right: .35rem; font-size: .8rem; } }
 @media print { body { background: #fff; } main { padding: 0; max-width: none; } a { color: inherit; } }
 """
 

@@ -35,6 +35,13 @@ _HELVETICA = (
     278, 278, 469, 556, 333, 556, 556, 500, 556, 556, 278, 556, 556, 222, 222, 500, 222, 833, 556, 556,
     556, 556, 333, 500, 278, 556, 500, 722, 500, 500, 500, 334, 260, 334, 584,
 )  # fmt: skip
+_HELVETICA_BOLD = (
+    278, 333, 474, 556, 556, 889, 722, 238, 333, 333, 389, 584, 278, 333, 278, 278, 556, 556, 556, 556,
+    556, 556, 556, 556, 556, 556, 333, 333, 584, 584, 584, 611, 975, 722, 722, 722, 722, 667, 611, 778,
+    722, 278, 556, 722, 611, 833, 722, 778, 667, 778, 722, 667, 611, 722, 667, 944, 667, 667, 611, 333,
+    278, 333, 584, 556, 333, 556, 611, 556, 611, 556, 333, 611, 611, 278, 278, 556, 278, 889, 611, 611,
+    611, 611, 389, 556, 333, 611, 556, 778, 556, 556, 500, 389, 280, 389, 584,
+)  # fmt: skip
 _TONES = {"good": "#1d6b3c", "bad": "#a61b1b", "open": "#7a5b00"}
 _INK, _LINK, _FAINT = "#1c2430", "#0b5fa5", "#8a93a0"
 
@@ -248,8 +255,8 @@ def _cut(word: _Word, width: float, size: float) -> Iterator[_Word]:
 
 
 def _width(text: str, size: float, *, bold: bool = False) -> float:
-    units = sum(_HELVETICA[ord(c) - 32] if 32 <= ord(c) < 127 else 556 for c in text)
-    return units * size / 1000 * (1.07 if bold else 1.0)
+    widths = _HELVETICA_BOLD if bold else _HELVETICA
+    return sum(widths[ord(c) - 32] if 32 <= ord(c) < 127 else 556 for c in text) * size / 1000
 
 
 def _rgb(colour: str) -> str:

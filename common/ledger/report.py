@@ -16,7 +16,7 @@ from common.canonical import sha256_hex
 from common.config import Mode
 from common.ledger.audit import AuditReport
 from common.ledger.case import Case, StudyCase
-from common.ledger.document import Block, Cell, Chart, Heading, Link, Mark, Record, Table, Text
+from common.ledger.document import Block, Cell, Chart, Heading, Link, Mark, Record, Table, Text, entry_link
 from common.ledger.entries import (
     AdapterDecision,
     Approval,
@@ -32,10 +32,10 @@ from common.ledger.entries import (
     format_entry,
 )
 from common.ledger.findings import Finding, Status, catalogue
+from common.ledger.templates import template_blocks
 
 _TONES = {Status.PASS: "good", Status.FAIL: "bad", Status.NOT_CHECKABLE: "open"}
 _MAX_RECORDS = 5000
-_BY_CONTROLLER = "to be added by the controller"
 TITLE = "FedRad audit report"
 
 
@@ -66,7 +66,7 @@ def report_blocks(report: AuditReport) -> list[Block]:
     blocks += _regimes(report)
     if report.case is not None:
         for study in report.case.studies.values():
-            blocks += _templates(report, study)
+            blocks += template_blocks(report, study)
         blocks += _records(report.case)
     return blocks
 
@@ -80,6 +80,11 @@ def _summary(report: AuditReport) -> Iterator[Block]:
             f"{report.count(Status.NOT_CHECKABLE)} could not be checked.",
         )
     )
+    failed = [finding for finding in report.findings if finding.status is Status.FAIL]
+    if failed:
+        titles = {control["id"]: control["title"] for control in catalogue()["controls"]}
+        links = [Link(titles[f.control], _finding_anchor(f)) for f in failed]
+        yield Text((Mark("Failed:", "bad"), *_listed(links)))
     yield Text((f"Bundle SHA-256 {report.bundle_sha256}.",))
     if report.case is not None:
         bundle = report.case.bundle
@@ -124,7 +129,7 @@ def _study(case: Case, study: StudyCase) -> Iterator[Block]:
     yield Text(
         (
             f"{manifest.study.purpose}. Manifest SHA-256 {study.sha256}; opened in",
-            _entry_link(study.index),
+            entry_link(study.index),
             f"with {study.opened.software}.",
         )
     )
@@ -147,16 +152,16 @@ def _study(case: Case, study: StudyCase) -> Iterator[Block]:
     decided = study.bodies(AdapterDecision) + study.bodies(Evaluation) + study.bodies(Release)
     yield Heading("Evaluations, decisions and releases", 3)
     if decided:
-        rows = [(_entry_link(i), e.kind, _say(e)) for i, e in sorted(decided, key=lambda pair: pair[0])]
+        rows = [(entry_link(i), e.kind, _say(e)) for i, e in sorted(decided, key=lambda pair: pair[0])]
         yield Table(("Entry", "Kind", "What it says"), (12, 14, 74), tuple(rows))
     else:
         yield Text(("None on record.",))
     yield Heading("Incidents", 3)
     incidents = study.bodies(Incident)
     failed = [(i, r) for i, r in study.rounds if r.outcome is Outcome.FAILED]
-    rows = [(_entry_link(i), _time(e.time_s), _say(e)) for i, e in incidents]
+    rows = [(entry_link(i), _time(e.time_s), _say(e)) for i, e in incidents]
     rows += [
-        (_entry_link(i), _time(case.entries[i].time_s), f"round {r.number} attempt {r.attempt} failed")
+        (entry_link(i), _time(case.entries[i].time_s), f"round {r.number} attempt {r.attempt} failed")
         for i, r in failed
     ]
     if rows:
@@ -197,7 +202,7 @@ def _privacy_table(study: StudyCase) -> Table:
                     f"{stated[-1][1]:.4f}",
                     f"{privacy.site_epsilon:g}",
                     str(len(stated)),
-                    _entry_link(stated[-1][0]),
+                    entry_link(stated[-1][0]),
                 )
             )
     released = [(i, r.release_epsilon) for i, r in study.rounds if r.outcome is Outcome.RELEASED]
@@ -209,7 +214,7 @@ def _privacy_table(study: StudyCase) -> Table:
                 f"{released[-1][1]:.4f}",
                 f"{privacy.release_epsilon:g}",
                 str(len(released)),
-                _entry_link(released[-1][0]),
+                entry_link(released[-1][0]),
             )
         )
     return Table(
@@ -229,11 +234,11 @@ def _participation(study: StudyCase) -> Table:
         rows.append(
             (
                 site,
-                _listed([_entry_link(i) for i, _ in approvals]) or "no approval",
+                _listed([entry_link(i) for i, _ in approvals]) or "no approval",
                 f"{data[-1].patients} patients, {data[-1].studies} studies" if data else "not stated",
                 str(len(taken)),
                 str(len(missed)),
-                _listed([_entry_link(taken[0]), _entry_link(taken[-1])]) if taken else "none",
+                _listed([entry_link(taken[0]), entry_link(taken[-1])]) if taken else "none",
             )
         )
     return Table(
@@ -252,9 +257,9 @@ def _timeline(case: Case) -> Iterator[Block]:
     def told(indices: list[int]) -> None:
         for index in indices if len(indices) <= 6 else (indices[0], indices[-1]):
             entry = case.entries[index]
-            rows.append((_entry_link(index), _time(entry.time_s), entry.kind, _say(entry)))
+            rows.append((entry_link(index), _time(entry.time_s), entry.kind, _say(entry)))
         if len(indices) > 6:
-            between = (_entry_link(indices[1]), "to", _entry_link(indices[-2]))
+            between = (entry_link(indices[1]), "to", entry_link(indices[-2]))
             rows.insert(len(rows) - 1, (between, "", "round", f"{len(indices) - 2} more rounds"))
 
     for index, entry in enumerate(case.entries):
@@ -288,68 +293,6 @@ def _regimes(report: AuditReport) -> Iterator[Block]:
             (16, 20, 13, 24, 27),
             tuple(rows),
         )
-
-
-def _templates(report: AuditReport, study: StudyCase) -> Iterator[Block]:
-    manifest = study.manifest
-    yield Heading(f"Impact assessment inputs (GDPR Art. 35), study {manifest.study.id}", 2)
-    yield Table(("Item", "Input", "Source"), (26, 56, 18), tuple(_impact_rows(study)))
-    yield Heading(f"Technical documentation inputs (EU AI Act Annex IV), study {manifest.study.id}", 2)
-    yield Table(("Item", "Input", "Source"), (26, 56, 18), tuple(_annex_rows(report, study)))
-
-
-def _impact_rows(study: StudyCase) -> Iterator[tuple[Cell, ...]]:
-    manifest, privacy = study.manifest, study.manifest.privacy
-    where = _entry_link(study.index)
-    values = sum(tensor.size for tensor in manifest.adapter.tensors)
-    masked = ", masked" if privacy.masking else ""
-    yield "Purpose", manifest.study.purpose, where
-    yield "Legal basis", _BY_CONTROLLER, ""
-    yield "Controllers", f"sites {', '.join(manifest.site_ids)}", where
-    nature = (
-        f"training of an adapter of {values} values on base {manifest.base.name}, {manifest.rounds} rounds"
-    )
-    yield "Nature of processing", f"{nature}; images and reports stay at the sites", where
-    yield "Data leaving a site", f"clipped, noised{masked} gradient sums; no image, report or count", where
-    patients = f"nominal {manifest.training.patients} over all sites"
-    yield "Patients", f"{patients}; each site's bucket under Who took part", where
-    if privacy.mode is Mode.PLAIN:
-        yield "Risk: inference", "not bounded: mode plain claims no privacy", where
-    else:
-        last = study.rounds[-1] if study.rounds else None
-        spent = (
-            f"release epsilon {last[1].release_epsilon:.3f} at delta {privacy.delta:g}"
-            if last
-            else "no round"
-        )
-        source: Cell = _entry_link(last[0]) if last else ""
-        yield "Risk: inference from the model", f"bounded, per patient at one site: {spent}", source
-        budget = f"bounded by site epsilon {privacy.site_epsilon:g}"
-        yield "Risk: curious operator", f"{budget}, with {privacy.colluders} colluding sites", where
-    yield "Residual risk, consultation", _BY_CONTROLLER, ""
-
-
-def _annex_rows(report: AuditReport, study: StudyCase) -> Iterator[tuple[Cell, ...]]:
-    manifest = study.manifest
-    where = _entry_link(study.index)
-    evaluations, releases = study.bodies(Evaluation), study.bodies(Release)
-    versions = ", ".join(str(e.body.version) for _, e in releases if isinstance(e.body, Release))
-    tested: Cell = _entry_link(evaluations[-1][0]) if evaluations else ""
-    published: Cell = _entry_link(releases[-1][0]) if releases else ""
-    drafts = "drafts the findings of chest radiographs for a radiologist to edit"
-    yield "1 Description", f"{drafts}; versions: {versions or 'none released'}", published
-    yield "1 Intended purpose, hardware, instructions", _BY_CONTROLLER, ""
-    method = f"LoRA rank {manifest.adapter.rank}, {manifest.adapter.strategy.value}"
-    yield "2 Methods and design", f"{method}; optimizer {manifest.optimizer.name.value}", where
-    data = f"pairs of at most {manifest.training.max_tokens} tokens"
-    yield "2 Data requirements", f"{data}; sites' buckets under Who took part", where
-    yield "2 Testing", f"{len(evaluations)} evaluations on record", tested
-    passed = f"{report.count(Status.PASS)} controls passed, {report.count(Status.FAIL)} failed in this audit"
-    yield "2 Cybersecurity", passed, Link("Controls", "controls")
-    yield "3 Monitoring and limits", _BY_CONTROLLER, ""
-    changes = f"{len(study.rounds)} round records and {len(releases)} releases in the log"
-    yield "6 Changes through the lifecycle", changes, Link("Timeline", "timeline")
-    yield "9 Post-market monitoring", _BY_CONTROLLER, ""
 
 
 def _records(case: Case) -> Iterator[Block]:
@@ -416,7 +359,7 @@ def _line_status(report: AuditReport, controls: list[str]) -> str:
 def _evidence(item: str) -> str | Link:
     kind, _, rest = item.partition(" ")
     if kind == "entry" and rest.isdigit():
-        return _entry_link(int(rest))
+        return entry_link(int(rest))
     if item.startswith("checkpoints/"):
         return Link(f"checkpoint {int(item[12:24])}", f"checkpoint-{int(item[12:24])}")
     return item
@@ -429,10 +372,6 @@ def _listed(items: Sequence[str | Link]) -> tuple[str | Link, ...]:
         comma = "," if number < len(items) - 1 else ""
         parts.append(f"{item}{comma}" if isinstance(item, str) else Link(f"{item.text}{comma}", item.anchor))
     return tuple(parts)
-
-
-def _entry_link(index: int) -> Link:
-    return Link(f"entry {index}", f"entry-{index}")
 
 
 def _finding_anchor(finding: Finding) -> str:
