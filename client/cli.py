@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client.data.cli import app as data_app
+from client.release_cli import access_app, model_app
 from common.terminal import answer, bars, run_program
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ app = typer.Typer(help="A hospital's side of FedRad.", no_args_is_help=True)
 study_app = typer.Typer(help="Studies offered to this site.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 app.add_typer(data_app, name="data")
+app.add_typer(model_app, name="model")
+app.add_typer(access_app, name="access")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Home = Annotated[
@@ -44,6 +47,8 @@ def enrol(
     data: Annotated[Path, typer.Option("--data", help="Prepared data folder (fedrad-site data import).")],
     home: Home = _DEFAULT_HOME,
     base: Annotated[list[str] | None, typer.Option("--base", help="NAME=DIR of a base model.")] = None,
+    epsilon: Annotated[float, typer.Option(help="ε that this site allows one patient, all studies.")] = 20.0,
+    delta: Annotated[float, typer.Option(help="At this δ.")] = 1e-5,
     as_json: Json = False,
 ) -> None:
     """Make this site's directory and keys, and print the key's fingerprint for the telephone."""
@@ -57,7 +62,9 @@ def enrol(
         if not separator:
             raise SiteHomeInvalid(f"--base: expected NAME=DIR, got {entry!r}")
         bases[name] = Path(directory)
-    made = create_home(home, site=site, operator_key=operator_key, data=data, bases=bases)
+    made = create_home(
+        home, site=site, operator_key=operator_key, data=data, bases=bases, epsilon=epsilon, delta=delta
+    )
     public = made.message_key().public
     value = {"site": site, "home": str(home), "message_key": public, "fingerprint": fingerprint(public)}
     answer(
@@ -143,6 +150,36 @@ def study_refuse(
     sha256 = find_study(opened, study)
     refuse_study(opened, sha256, reason)
     answer(_status(opened, sha256), as_json=as_json, text=lambda: f"refused {sha256}")
+
+
+@app.command()
+def budget(home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
+    """Show the privacy spent, committed and left, by study and in total; the agent may be running."""
+    from dataclasses import asdict
+
+    from client.budget import BudgetLimits, read_summary
+    from client.home import open_home
+
+    opened = open_home(home)
+    summary = read_summary(opened.budget_path, BudgetLimits(epsilon=opened.epsilon, delta=opened.delta))
+    value = asdict(summary) | {"epsilon_left": summary.epsilon_left}
+
+    def text() -> str:
+        lines = [f"{'study':<14}{'state':<8}{'rounds':>12}{'ε spent':>10}{'committed':>11}{'left':>8}"]
+        for one in summary.studies:
+            lines.append(
+                f"{one.study[:12]:<14}{'open' if one.open else 'ended':<8}"
+                f"{f'{one.charges}/{one.charges_committed}':>12}{one.epsilon_spent:>10.3f}"
+                f"{one.epsilon_committed:>11.3f}{one.epsilon_left:>8.3f}"
+            )
+        lines.append(
+            f"all studies, at δ = {summary.limits.delta:.1e}: spent ε {summary.epsilon_spent:.3f}, committed "
+            f"{summary.epsilon_committed:.3f}, allowed {summary.limits.epsilon:.3f}, "
+            f"left {summary.epsilon_left:.3f}"
+        )
+        return "\n".join(lines)
+
+    answer(value, as_json=as_json, text=text)
 
 
 @app.command()

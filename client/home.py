@@ -3,6 +3,7 @@
     site.json            site id, operator's public key, data folder, base folders, budget limits
     budget.jsonl         the privacy ledger (client/budget.py)
     keys/message.key     Ed25519, signs protocol messages and approvals (0600)
+    keys/witness.key     Ed25519, cosigns the ledger's checkpoints (0600)
     studies/<sha256>/    study.json, operator.sig, approval.sig or refusal.json
     state/<sha256>/      what the agent has served (client/state.py)
     cache/               vision features
@@ -58,6 +59,13 @@ class SiteHome:
         return self.directory / "keys" / "message.key"
 
     @property
+    def witness_key_path(self) -> Path:
+        return self.directory / "keys" / "witness.key"
+
+    def witness_key(self) -> SigningKey:
+        return load_key(self.witness_key_path)
+
+    @property
     def cache(self) -> Path:
         return self.directory / "cache"
 
@@ -94,6 +102,7 @@ def create_home(
     home = SiteHome(directory, site, operator_key, data, bases, epsilon, delta)
     (directory / "keys").mkdir(parents=True, exist_ok=True, mode=0o700)
     load_or_create_key(home.key_path)
+    load_or_create_key(home.witness_key_path)
     value = {
         "site": site,
         "operator_key": operator_key,

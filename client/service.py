@@ -132,7 +132,8 @@ def _frames(data: bytes) -> Iterator[Any]:
 
 def _join(frames: Iterator[Any], *, limit: Callable[[bytes], int] = lambda start: MAX_MESSAGE_BYTES) -> bytes:
     """Join a message's frames; its first one says how long it may be, so that no more is ever kept."""
-    parts, size, most = [], 0, 0
+    parts: list[bytes] = []
+    size = most = 0
     for frame in frames:
         if not parts:
             most = min(MAX_MESSAGE_BYTES, limit(frame.data))

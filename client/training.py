@@ -58,7 +58,9 @@ def prepare_training(
         raise DataInsufficient(f"{data}: expected at least one pair in split {split!r}, got none")
     image_tokens = image_tokens_of(adapted)
     template = prompt_template(adapted.directory)
-    examples, rows, images = [], [], []
+    examples: list[Example] = []
+    rows: list[tuple[int, ...]] = []
+    images: list[Path] = []
     studies: dict[str, list[int]] = {}
     for index, pair in enumerate(chosen):
         examples.append(

@@ -21,7 +21,8 @@ def canonical_json(value: Any) -> bytes:
     Raises NotCanonical for values outside the I-JSON range (NaN, infinities, integers beyond 2^53).
     """
     try:
-        return rfc8785.dumps(value)
+        encoded: bytes = rfc8785.dumps(value)
+        return encoded
     except rfc8785.CanonicalizationError as error:
         raise NotCanonical(f"value cannot be encoded as canonical JSON: {error}") from error
 

@@ -318,6 +318,12 @@ def verify_resolved(study: Study) -> None:
     for site in study.cohort.site:
         if not site.message_key:
             raise ManifestInvalid(f"cohort.site {site.id}: expected a message_key, got none")
+    witnesses = sum(bool(site.witness_key) for site in study.cohort.site)
+    if witnesses < study.cohort.witness_quorum:
+        raise ManifestInvalid(
+            f"cohort.witness_quorum: expected at most the number of sites with a witness_key ({witnesses}), "
+            f"got {study.cohort.witness_quorum}"
+        )
 
 
 class _At(Exception):
@@ -347,10 +353,8 @@ def _line_of(text: str, path: tuple[str | int, ...]) -> int:
         header = re.fullmatch(r"(\[\[?)\s*([A-Za-z0-9_.\s-]+?)\s*\]\]?\s*(#.*)?", stripped)
         if header:
             previous, table = table, [part.strip() for part in header.group(2).split(".")]
-            if header.group(1) == "[[":
-                seen = seen + 1 if table == previous else 0
-            else:
-                seen = wanted_index
+            repeated = header.group(1) == "[["
+            seen = (seen + 1 if table == previous else 0) if repeated else wanted_index
             if table in (names, names[:-1]) and seen == wanted_index:
                 fallback = number
                 if table == names:

@@ -2,8 +2,8 @@
 
 Direct: one exchange. Masked: two in steady state, because keys and shares of the next round ride on this
 round's replies; the long form (keys, then shares, as exchanges of their own) is for first rounds, new
-attempts and sites that join. Guarantees: whatever was sent to sites is durable before, so a restarted server sends the
-same again; at most one masked vector is in memory besides the sum.
+attempts and sites that join. Guarantees: whatever was sent to sites is durable before, so a restarted server
+sends the same again; at most one masked vector is in memory besides the sum.
 """
 
 from __future__ import annotations

@@ -169,10 +169,18 @@ def study_template(
     )
 
 
-def resolve_study(study: Study, *, base: Path, operator_key: str, site_keys: Mapping[str, str]) -> Study:
-    """Pin base files, adapter tensors, first adapter and public keys; raises BaseInvalid or ManifestInvalid.
+@dataclass(frozen=True)
+class SiteKeys:
+    """A site's enrolled public keys, 64 hex digits each."""
 
-    What the manifest already pins must agree.
+    message: str
+    witness: str
+
+
+def resolve_study(study: Study, *, base: Path, operator_key: str, site_keys: Mapping[str, SiteKeys]) -> Study:
+    """Pin base files, adapter tensors, first adapter, public keys and noise.
+
+    What the manifest already pins must agree. Raises BaseInvalid, ManifestInvalid, AccountantsDisagree.
     """
     files = hash_base(base)
     tensors = adapter_tensors(base, study.adapter)
@@ -180,13 +188,17 @@ def resolve_study(study: Study, *, base: Path, operator_key: str, site_keys: Map
     adapter = replace(adapter, initial_sha256=vector_sha256(initial_vector(base, adapter)))
     sites = []
     for site in study.cohort.site:
-        key = site_keys.get(site.id, site.message_key)
-        if site.message_key and key != site.message_key:
-            raise ManifestInvalid(
-                f"cohort.site {site.id}: message_key: expected {key[:16]}… (the enrolled key), "
-                f"got {site.message_key[:16]}…"
-            )
-        sites.append(replace(site, message_key=key))
+        keys = site_keys.get(site.id, SiteKeys(site.message_key, site.witness_key))
+        for name, given, enrolled in (
+            ("message_key", site.message_key, keys.message),
+            ("witness_key", site.witness_key, keys.witness),
+        ):
+            if given and given != enrolled:
+                raise ManifestInvalid(
+                    f"cohort.site {site.id}: {name}: expected {enrolled[:16]}… (the enrolled key), "
+                    f"got {given[:16]}…"
+                )
+        sites.append(replace(site, message_key=keys.message, witness_key=keys.witness))
     resolved = replace(
         study,
         base=replace(study.base, files=files),

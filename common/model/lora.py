@@ -108,7 +108,7 @@ def initial_vector(base: Path, adapter: AdapterSection) -> Vector:
 
 def vector_sha256(vector: Vector) -> str:
     """Name an adapter: SHA-256 of its little-endian float32 values in canonical order."""
-    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4")).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").data).hexdigest()
 
 
 def vector_to_bytes(vector: npt.NDArray[Any]) -> bytes:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from common.config import FileHash
 from common.errors import BaseHashMismatch, BaseInvalid
@@ -62,7 +63,7 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(directory.glob("*.safetensors")):
         for name, entry in read_safetensors_header(path).items():
-            shapes[memory_name(name)] = tuple(entry["shape"])
+            shapes[memory_name(name)] = tuple(cast(list[int], entry["shape"]))
     if not shapes:
         raise BaseInvalid(f"{directory}: expected *.safetensors files, got none")
     return shapes
@@ -82,7 +83,7 @@ def memory_name(name: str) -> str:
     return name
 
 
-def read_safetensors_header(path: Path) -> dict[str, dict[str, object]] | dict[str, dict[str, list[int]]]:
+def read_safetensors_header(path: Path) -> dict[str, dict[str, object]]:
     """Read the header of a safetensors file (name → dtype, shape, data_offsets); raises BaseInvalid."""
     try:
         with path.open("rb") as handle:
@@ -90,10 +91,27 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, object]] | dict[s
             if length > 100_000_000:
                 raise BaseInvalid(f"{path}: expected a safetensors header, got a length of {length}")
             header = json.loads(handle.read(length))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BaseInvalid(f"{path}: expected a safetensors file, got {type(error).__name__}") from error
+    if not isinstance(header, dict):
+        raise BaseInvalid(f"{path}: expected a safetensors header, got {type(header).__name__}")
     header.pop("__metadata__", None)
-    return header  # type: ignore[no-any-return]
+    for name, entry in header.items():
+        if not _is_tensor_entry(entry):
+            raise BaseInvalid(f"{path}: tensor {name[:80]!r}: expected dtype, shape and data_offsets")
+    return header
+
+
+def _is_tensor_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and set(entry) == {"dtype", "shape", "data_offsets"}
+        and isinstance(entry["dtype"], str)
+        and isinstance(entry["shape"], list)
+        and isinstance(entry["data_offsets"], list)
+        and len(entry["data_offsets"]) == 2
+        and all(type(number) is int and number >= 0 for number in entry["shape"] + entry["data_offsets"])
+    )
 
 
 def _verify_llava(directory: Path) -> None:

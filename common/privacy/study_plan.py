@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from common.config import Mode, Study
 from common.errors import ManifestInvalid
@@ -67,7 +68,7 @@ def _verify(plan: PrivacyPlan, site_epsilon: float, release_epsilon: float) -> N
             )
 
 
-def _fields(study: Study) -> dict[str, object]:
+def _fields(study: Study) -> dict[str, Any]:
     privacy, training = study.privacy, study.training
     return {
         "mode": mechanism.Mode(privacy.mode.value),

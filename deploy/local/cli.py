@@ -60,6 +60,46 @@ def demo(
     answer(result, as_json=as_json, text=lambda: _summary(result))
 
 
+@app.command("audit-privacy")
+def audit_privacy(
+    out: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a finished run.")],
+    canaries: Annotated[int, typer.Option(min=10, help="Planted gradients of the canary audit.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Attack a finished study: membership inference and planted canaries, beside the ε it claims."""
+    _one_thread()
+    from deploy.local.attack import audit_run
+
+    with bars() as display:
+        result = audit_run(out, canaries=canaries, progress=display.step)
+
+    def text() -> str:
+        found = result["membership"]
+        lines = [f"claimed ε: {result['claimed'] or 'none (mode plain)'} at δ = {result['delta']:.1e}"]
+        lines += [f"membership  {name}: {value}" for name, value in found.items()]
+        lines += [f"canaries    {audit}" for audit in result["canaries"]]
+        return "\n".join([*lines, f"written: {out / 'privacy-audit.json'}"])
+
+    answer(result, as_json=as_json, text=text)
+
+
+@app.command()
+def invert(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A private run, whose noise is shown.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")],
+    as_json: Json = False,
+) -> None:
+    """Show what gradient inversion sees in an un-noised and in a noised update of a synthetic patient."""
+    _one_thread()
+    from common.privacy.sampling import Csprng
+    from common.privacy.study_plan import plan_of
+    from deploy.local.inversion import demonstrate
+    from server.checkpoint import read_signed_study
+
+    shown = demonstrate(out, plan_of(read_signed_study(run / "server")), Csprng.from_os()).to_json()
+    answer(shown, as_json=as_json, text=lambda: "\n".join(f"{k}: {v}" for k, v in shown.items()))
+
+
 @base_app.command()
 def remake(
     out: Annotated[Path, typer.Argument(help="New directory for the base.")],

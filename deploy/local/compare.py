@@ -32,6 +32,7 @@ from client.training import Draw, TrainingData, gradient_sum, prepare_training
 from common.config import Study
 from common.files import write_atomic
 from common.model.lora import Vector, group_mask, read_adapter, vector_from_bytes, vector_to_bytes
+from common.model.prompts import Example
 from common.privacy.mechanism import Mode as PlanMode
 from common.privacy.mechanism import PrivacyPlan, dequantise, privatise
 from common.privacy.sampling import Csprng
@@ -72,7 +73,9 @@ def union(parts: Mapping[str, TrainingData]) -> TrainingData:
     """Put the sites' training data together; patients become `site/patient`."""
     patients: list[str] = []
     studies: dict[str, tuple[int, ...]] = {}
-    examples, rows, features = [], [], []
+    examples: list[Example] = []
+    rows: list[tuple[int, ...]] = []
+    features: list[tuple[Features, int]] = []
     images = 0
     for site, data in sorted(parts.items()):
         offset = len(examples)

@@ -18,7 +18,7 @@ from client.home import SiteHome, approve_study, create_home, receive_study
 from common.config import Mode, Study, format_study, parse_study_toml
 from common.errors import DataInsufficient, ManifestInvalid
 from common.identity import Purpose, load_or_create_key
-from server.studies import resolve_study, write_study
+from server.studies import SiteKeys, resolve_study, write_study
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ def set_up(manifest: Path, *, data: Path, out: Path, base: Path | None) -> Local
         )
         for site in draft.site_ids
     }
-    keys = {site: home.message_key().public for site, home in homes.items()}
+    keys = {
+        site: SiteKeys(home.message_key().public, home.witness_key().public) for site, home in homes.items()
+    }
     study = resolve_study(draft, base=directory, operator_key=operator.public, site_keys=keys)
     write_study(out / "server", study, operator, base=directory)
     encoded = format_study(study)

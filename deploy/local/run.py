@@ -272,7 +272,8 @@ def privacy_claim(consortium: LocalConsortium) -> dict[str, Any]:
 def _per_message(traffic: dict[str, Any], direction: str) -> float:
     names = [name for name in traffic["bytes"] if name.endswith(direction) and not name.startswith("hello")]
     total: int = sum(int(traffic["bytes"][name]) for name in names)
-    return round(total / max(1, traffic["messages"].get(f"contribute-{direction}", 0)), 1)
+    exchanges = int(traffic["messages"].get(f"contribute-{direction}", 0))
+    return round(total / max(1, exchanges), 1)
 
 
 def _release(consortium: LocalConsortium, vector: Vector, result: dict[str, Any]) -> None:
