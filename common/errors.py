@@ -519,3 +519,7 @@ class AccessLogInvalid(FedRadError):
 
 class PayloadShredded(FedRadError):
     """The key of this payload was destroyed; what it said cannot be read any more."""
+
+
+class ReceiverRefused(FedRadError):
+    """The DICOM receiver may not start: no allowed senders, no TLS, or a key that cannot be used."""

@@ -191,6 +191,47 @@ def drop(
         print(CONSEQUENCE)
 
 
+@app.command()
+def receive(
+    inbox: Annotated[Path, typer.Option("--out", help="Inbox folder; holds identified images.")],
+    senders: Annotated[list[str], typer.Option("--allow", help="AE title that may send; repeat for more.")],
+    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 11112,
+    address: Annotated[str, typer.Option("--address", help="Address to listen on.")] = "127.0.0.1",
+    ae_title: Annotated[str, typer.Option("--ae-title", help="Our AE title.")] = "FEDRAD",
+    certificate: Annotated[Path | None, typer.Option("--tls-cert", help="Our certificate (PEM).")] = None,
+    private_key: Annotated[Path | None, typer.Option("--tls-key", help="Its private key (PEM).")] = None,
+    authority: Annotated[
+        Path | None, typer.Option("--tls-ca", help="Authority of the senders (PEM).")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Receive DICOM images from a PACS until interrupted; import the inbox afterwards."""
+    import signal
+    import threading
+
+    from client.data.receive import ReceiverPlan, start_receiver
+
+    plan = ReceiverPlan(
+        inbox=inbox,
+        address=address,
+        port=port,
+        ae_title=ae_title,
+        senders=tuple(senders),
+        certificate=certificate,
+        private_key=private_key,
+        authority=authority,
+    )
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    receiver = start_receiver(plan)
+    print(f"listening on {address}:{receiver.port} as {ae_title}; Ctrl-C ends", file=sys.stderr, flush=True)
+    ended.wait()
+    receiver.close()
+    counts = {"stored": receiver.stored, "repeated": receiver.repeated, "refused": receiver.refused}
+    print(json.dumps(counts) if json_ else ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
 def withdrawn_list(key: Path) -> Path:
     """Return the path of the private list of withdrawn patients beside a key file."""
     return key.with_name(f"{key.stem}.withdrawn")

@@ -233,7 +233,11 @@ def run_stages(
 
 
 def prepared(
-    studies: Iterator[tuple[int, SourceStudy]], recipe: Recipe, *, workers: int
+    studies: Iterator[tuple[int, SourceStudy]],
+    recipe: Recipe,
+    *,
+    workers: int,
+    prepare: Callable[[SourceStudy, Recipe], Prepared | Dropped] = prepare_study,
 ) -> Iterator[tuple[int, Prepared | Dropped]]:
     """Yield the outcome of each study in order, over `workers` processes and with a bounded window.
 
@@ -241,7 +245,7 @@ def prepared(
     """
     if workers <= 1:
         for position, source in studies:
-            yield position, prepare_study(source, recipe)
+            yield position, prepare(source, recipe)
         return
     window: deque[tuple[int, SourceStudy, Future[Prepared | Dropped]]] = deque()
     pool = _pool(workers)
@@ -252,7 +256,7 @@ def prepared(
                 if (entry := next(studies, None)) is None:
                     exhausted = True
                 else:
-                    window.append((*entry, pool.submit(prepare_study, entry[1], recipe)))
+                    window.append((*entry, _submit(pool, prepare, entry[1], recipe)))
             if not window:
                 return
             position, source, future = window.popleft()
@@ -260,11 +264,9 @@ def prepared(
                 yield position, future.result()
             except BrokenProcessPool:
                 pool.shutdown(wait=False, cancel_futures=True)
-                yield position, _alone(source, recipe)
+                yield position, _alone(source, recipe, prepare)
                 pool = _pool(workers)
-                window = deque(
-                    (at, study, pool.submit(prepare_study, study, recipe)) for at, study, _ in window
-                )
+                window = deque((at, study, _submit(pool, prepare, study, recipe)) for at, study, _ in window)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -467,13 +469,30 @@ def _limit_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _alone(source: SourceStudy, recipe: Recipe) -> Prepared | Dropped:
+def _submit(
+    pool: ProcessPoolExecutor,
+    prepare: Callable[[SourceStudy, Recipe], Prepared | Dropped],
+    source: SourceStudy,
+    recipe: Recipe,
+) -> Future[Prepared | Dropped]:
+    """Submit a study; a pool that is already broken gives a future that says so."""
+    try:
+        return pool.submit(prepare, source, recipe)
+    except BrokenProcessPool as error:
+        future: Future[Prepared | Dropped] = Future()
+        future.set_exception(error)
+        return future
+
+
+def _alone(
+    source: SourceStudy, recipe: Recipe, prepare: Callable[[SourceStudy, Recipe], Prepared | Dropped]
+) -> Prepared | Dropped:
     """Prepare one suspect study in a process of its own."""
     from client.data.sitekey import study_pseudonym
 
     pool = _pool(1)
     try:
-        return pool.submit(prepare_study, source, recipe).result()
+        return pool.submit(prepare, source, recipe).result()
     except BrokenProcessPool:
         return Dropped(source.where, study_pseudonym(recipe.key, source.study), Reason.IMAGE_CRASHED)
     finally:

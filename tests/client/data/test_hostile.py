@@ -15,7 +15,12 @@ from pathlib import Path
 import pytest
 
 from client.data.cli import app
+from client.data.importing import prepared
+from client.data.prepare import Recipe, prepare_study
+from client.data.sitekey import SiteKey
+from client.data.sources.table import read_table
 from client.data.store import read_pairs
+from client.data.study import Dropped, Prepared, Reason, SourceStudy
 from tests.client.data.site_folder import make_site, rows, site_key, write_table
 from tests.client.data.test_import_table import run_import, tree
 
@@ -83,6 +88,23 @@ def test_overlong_report_is_dropped(tmp_path: Path) -> None:
     table[0]["findings"] = "The heart is normal. " * 3000
     source = make_site(tmp_path / "hospital", table)
     assert run_import(source, tmp_path / "out")["dropped"] == {"report-too-long": 1}
+
+
+def prepare_or_crash(source: SourceStudy, recipe: Recipe) -> Prepared | Dropped:
+    """Prepare a study, but end the process on one of them as a decoder with a bug would."""
+    if source.study == "ACC3":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return prepare_study(source, recipe)
+
+
+def test_decoder_that_crashes_costs_one_study(tmp_path: Path) -> None:
+    source = make_site(tmp_path / "hospital", rows(8))
+    recipe = Recipe(source, None, SiteKey(bytes(32)), check_writing=False)
+    studies = enumerate(read_table(source))
+    outcomes = list(prepared(studies, recipe, workers=2, prepare=prepare_or_crash))
+    assert [position for position, _ in outcomes] == list(range(8))
+    reasons = [outcome.reason if isinstance(outcome, Dropped) else "" for _, outcome in outcomes]
+    assert reasons == ["", "", "", Reason.IMAGE_CRASHED, "", "", "", ""]
 
 
 def command(source: Path, out: Path, *options: str) -> list[str]:

@@ -1,0 +1,155 @@
+"""A DICOM C-STORE receiver: the other way in, for a PACS that sends instead of exporting.
+
+Guarantees: only listed AE titles over mutual TLS (or plain on loopback, when told); only CR and DX images
+and C-ECHO; a file appears whole, under a name made from the hash of its UID, so a sender chooses no path;
+the same instance twice is stored once. It does not de-identify: the inbox holds identified images and is
+mode 0700; import it, then delete it. It is the only part of the data side that opens a socket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import ssl
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import ReceiverRefused
+from common.files import write_atomic
+
+MAX_INSTANCE_BYTES = 256 << 20
+SUCCESS, REFUSED_RESOURCES, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xC000
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverPlan:
+    """Where to listen, whom to admit, and where to store."""
+
+    inbox: Path
+    address: str
+    port: int
+    ae_title: str
+    senders: tuple[str, ...]
+    certificate: Path | None = None
+    private_key: Path | None = None
+    authority: Path | None = None
+    max_instances: int = 1_000_000
+
+
+@dataclass(slots=True)
+class Receiver:
+    """A running receiver; `close` ends it."""
+
+    server: Any
+    port: int
+    stored: int = 0
+    repeated: int = 0
+    refused: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def close(self) -> None:
+        """Stop listening and end open associations."""
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def verify_plan(plan: ReceiverPlan) -> None:
+    """Raise ReceiverRefused unless senders are listed and the line is TLS or loopback."""
+    if not plan.senders or any(not 1 <= len(title.strip()) <= 16 for title in (*plan.senders, plan.ae_title)):
+        raise ReceiverRefused("expected at least one sender and AE titles of 1 to 16 characters")
+    files = (plan.certificate, plan.private_key, plan.authority)
+    if any(files) and not all(files):
+        raise ReceiverRefused("expected certificate, private key and authority together, got some of them")
+    if not any(files) and not ipaddress.ip_address(plan.address).is_loopback:
+        raise ReceiverRefused(
+            f"expected TLS files for {plan.address}; without TLS only a loopback address is served"
+        )
+
+
+def start_receiver(plan: ReceiverPlan) -> Receiver:
+    """Start to listen in a thread and return the receiver; raises ReceiverRefused."""
+    from pynetdicom import AE, evt
+    from pynetdicom.sop_class import (
+        ComputedRadiographyImageStorage,
+        DigitalXRayImageStorageForPresentation,
+        Verification,
+    )
+
+    verify_plan(plan)
+    plan.inbox.mkdir(parents=True, exist_ok=True, mode=0o700)
+    entity = AE(ae_title=plan.ae_title)
+    entity.require_called_aet = True
+    entity.require_calling_aet = list(plan.senders)
+    entity.maximum_associations = 4
+    entity.network_timeout = entity.dimse_timeout = entity.acse_timeout = 60
+    entity.add_supported_context(Verification)
+    for storage in (ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation):
+        entity.add_supported_context(storage, _syntaxes())
+    receiver = Receiver(server=None, port=0)
+    try:
+        receiver.server = entity.start_server(
+            (plan.address, plan.port),
+            block=False,
+            ssl_context=_tls(plan),
+            evt_handlers=[(evt.EVT_C_STORE, lambda event: _store(event, plan, receiver))],
+        )
+    except OSError as error:
+        raise ReceiverRefused(f"cannot listen on {plan.address}:{plan.port}: {error.strerror}") from error
+    receiver.port = receiver.server.server_address[1]
+    return receiver
+
+
+def _store(event: Any, plan: ReceiverPlan, receiver: Receiver) -> int:
+    uid = str(event.request.AffectedSOPInstanceUID)
+    name = hashlib.sha256(uid.encode()).hexdigest()
+    path = plan.inbox / name[:2] / f"{name[:40]}.dcm"
+    with receiver._lock:
+        if path.exists():
+            receiver.repeated += 1
+            return SUCCESS
+        if (
+            receiver.stored >= plan.max_instances
+            or event.request.DataSet.getbuffer().nbytes > MAX_INSTANCE_BYTES
+        ):
+            receiver.refused += 1
+            return REFUSED_RESOURCES
+        try:
+            write_atomic(path, event.encoded_dataset(), mode=0o600)
+        except OSError:
+            receiver.refused += 1
+            return REFUSED_RESOURCES
+        except (ValueError, AttributeError):
+            receiver.refused += 1
+            return NOT_UNDERSTOOD
+        receiver.stored += 1
+    return SUCCESS
+
+
+def _tls(plan: ReceiverPlan) -> ssl.SSLContext | None:
+    if plan.certificate is None or plan.private_key is None or plan.authority is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(plan.certificate, plan.private_key)
+        context.load_verify_locations(plan.authority)
+    except (OSError, ssl.SSLError) as error:
+        raise ReceiverRefused(f"cannot use the TLS files: {error}") from error
+    return context
+
+
+def _syntaxes() -> list[str]:
+    from pydicom import uid
+
+    return [
+        uid.ExplicitVRLittleEndian,
+        uid.ImplicitVRLittleEndian,
+        uid.JPEGLosslessSV1,
+        uid.JPEGLSLossless,
+        uid.JPEG2000Lossless,
+        uid.JPEG2000,
+        uid.RLELossless,
+    ]
