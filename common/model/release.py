@@ -11,7 +11,7 @@ without privacy (mode plain, or seeded draws) unless told otherwise. Ledger proo
 
 from __future__ import annotations
 
-import json
+import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def write_release(
 def open_release(
     directory: Path, *, operator_key: str | None = None, allow_unprotected: bool = False
 ) -> Release:
-    """Verify a release directory and read its adapter; raises ReleaseInvalid, SignatureInvalid, AdapterInvalid.
+    """Verify a release and read its adapter; raises ReleaseInvalid, SignatureInvalid, AdapterInvalid.
 
     Without `operator_key` the signature is checked against the key that the release's own study names.
     """
@@ -94,7 +94,9 @@ def open_release(
         try:
             got = sha256_hex((directory / name).read_bytes())
         except OSError as error:
-            raise ReleaseInvalid(f"{directory / name}: expected this file of the release, got none") from error
+            raise ReleaseInvalid(
+                f"{directory / name}: expected this file of the release, got none"
+            ) from error
         if got != expected:
             raise ReleaseInvalid(f"{directory / name}: expected SHA-256 {expected[:16]}…, got {got[:16]}…")
     study = parse_study((directory / "study.json").read_bytes())
@@ -106,6 +108,8 @@ def open_release(
     verify_signature(signed_by, Purpose.RELEASE, encoded, signature)
     if study.sha256 != note.study:
         raise ReleaseInvalid(f"{directory}: expected study {note.study[:16]}…, got {study.sha256[:16]}…")
+    if (note.mode, note.seeded) != (study.privacy.mode.value, study.testing is not None):
+        raise ReleaseInvalid(f"{directory}: expected mode and seeding as in its study, got others")
     unprotected = note.mode == Mode.PLAIN.value or note.seeded
     if unprotected and not allow_unprotected:
         why = "its draws were seeded for a test" if note.seeded else "it was trained in mode plain"
@@ -131,6 +135,11 @@ def _read_note(directory: Path) -> tuple[ReleaseNote, bytes]:
     names = set(ReleaseNote.__dataclass_fields__)
     if not isinstance(value, dict) or set(value) != names:
         raise ReleaseInvalid(f"{path}: expected the fields {', '.join(sorted(names))}")
+    for name, kind in typing.get_type_hints(ReleaseNote).items():
+        if kind is float and type(value[name]) is int:
+            value[name] = float(value[name])
+        if type(value[name]) is not (typing.get_origin(kind) or kind):
+            raise ReleaseInvalid(f"{path}: {name}: expected {kind}, got {type(value[name]).__name__}")
     if set(value["files"]) != set(_FILES):
         raise ReleaseInvalid(f"{path}: files: expected {', '.join(_FILES)}")
     return ReleaseNote(**value), encoded
@@ -143,4 +152,4 @@ def summary(note: ReleaseNote) -> str:
         if note.mode == Mode.PLAIN.value
         else f"(ε, δ) = ({note.release_epsilon:.2f}, {note.delta:.1e}) for one patient at one site"
     )
-    return json.dumps(f"round {note.round}, adapter {note.adapter_sha256[:12]}, {privacy}")[1:-1]
+    return f"round {note.round}, adapter {note.adapter_sha256[:12]}, {privacy}"
