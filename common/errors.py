@@ -523,3 +523,7 @@ class PayloadShredded(FedRadError):
 
 class ReceiverRefused(FedRadError):
     """The DICOM receiver may not start: no allowed senders, no TLS, or a key that cannot be used."""
+
+
+class InstructionRefused(FedRadError):
+    """Instruction data is unusable, or its endpoint is not on this machine."""

@@ -232,6 +232,48 @@ def receive(
     print(json.dumps(counts) if json_ else ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
+@app.command()
+def instruct(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data folder.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    format_: Annotated[str, typer.Option("--format", help="llava, llava-rad, vqa-rad or pefomed.")] = "llava",
+    endpoint: Annotated[str, typer.Option("--endpoint", help="OpenAI-compatible URL on this machine.")] = "",
+    model: Annotated[str, typer.Option("--model", help="Model name at the endpoint.")] = "",
+    json_: Json = False,
+) -> None:
+    """Make questions and answers from the reports, by rules or with a local model."""
+    from client.data import converters
+    from client.data.instructions import instructions, local_endpoint, model_instruction
+    from client.data.store import read_pairs
+    from common.errors import InstructionRefused
+    from common.files import write_atomic
+
+    formats = {
+        "llava": converters.format_llava,
+        "llava-rad": converters.format_llava_rad,
+        "vqa-rad": converters.format_vqa_rad,
+        "pefomed": converters.format_pefomed,
+    }
+    if format_ not in formats:
+        raise typer.BadParameter(f"expected one of {', '.join(formats)}", param_hint="--format")
+    if bool(endpoint) != bool(model):
+        raise typer.BadParameter("expected --endpoint and --model together")
+    pairs = read_pairs(directory)
+    samples, refused = list(instructions(pairs)), 0
+    if endpoint:
+        ask = local_endpoint(endpoint, model)
+        with _progress() as progress:
+            for number, pair in enumerate(pairs, start=1):
+                try:
+                    samples.append(model_instruction(pair, ask, model=model))
+                except InstructionRefused:
+                    refused += 1
+                progress("ask", number, len(pairs))
+    write_atomic(out, formats[format_](samples).encode("utf-8"), mode=0o600)
+    counts = {"samples": len(samples), "refused": refused, "file": str(out)}
+    print(json.dumps(counts) if json_ else ", ".join(f"{name} {value}" for name, value in counts.items()))
+
+
 def withdrawn_list(key: Path) -> Path:
     """Return the path of the private list of withdrawn patients beside a key file."""
     return key.with_name(f"{key.stem}.withdrawn")

@@ -1,0 +1,184 @@
+"""Converters between instruction samples and the files of LLaVA, LLaVA-Rad, VQA-RAD and PeFoMed.
+
+Guarantees: `parse_llava(format_llava(x)) == x`, since its entries carry our provenance as extra fields; the
+others carry less, and what they lose is said with each. Fields of others that we do not know are ignored.
+Formats: LLaVA docs/Finetune_Custom_Data.md; the LLaVA-Rad annotations of MIMIC-CXR (PhysioNet); VQA_RAD
+Dataset Public.json (osf.io/89kps); PeFoMed's IU-Xray loader. Not tried against the originals' files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from client.data.instructions import DESCRIBE, Instruction, Turn
+from common.errors import InstructionRefused
+
+IMAGE = "<image>\n"
+
+
+def format_llava(samples: Sequence[Instruction]) -> str:
+    """Encode as LLaVA conversations; the image token opens the first question."""
+    return _dump(
+        [
+            {
+                "id": sample.sample,
+                "image": sample.image,
+                "conversations": _conversations(sample.turns),
+                "study": sample.study,
+                "made_by": sample.made_by,
+                "split": sample.split,
+            }
+            for sample in samples
+        ]
+    )
+
+
+def parse_llava(text: str) -> list[Instruction]:
+    """Decode LLaVA conversations; samples of others get empty study, origin and split."""
+    return [
+        Instruction(
+            sample=_text(entry, "id"),
+            study=_text(entry, "study", ""),
+            image=_text(entry, "image"),
+            turns=_turns(entry.get("conversations")),
+            made_by=_text(entry, "made_by", "unknown"),
+            split=_text(entry, "split", ""),
+        )
+        for entry in _entries(json_of(text))
+    ]
+
+
+def format_llava_rad(samples: Sequence[Instruction]) -> str:
+    """Encode as LLaVA-Rad: conversations with `generate_method`; the study is lost."""
+    return _dump(
+        [
+            {
+                "id": sample.sample,
+                "image": sample.image,
+                "generate_method": sample.made_by,
+                "split": sample.split,
+                "conversations": _conversations(sample.turns),
+            }
+            for sample in samples
+        ]
+    )
+
+
+def parse_llava_rad(text: str) -> list[Instruction]:
+    """Decode LLaVA-Rad samples."""
+    return [
+        Instruction(
+            sample=_text(entry, "id"),
+            study="",
+            image=_text(entry, "image"),
+            turns=_turns(entry.get("conversations")),
+            made_by=_text(entry, "generate_method", "unknown"),
+            split=_text(entry, "split", ""),
+        )
+        for entry in _entries(json_of(text))
+    ]
+
+
+def format_vqa_rad(samples: Sequence[Instruction]) -> str:
+    """Encode as VQA-RAD: one entry per turn, CLOSED for yes and no; study and validation split are lost."""
+    return _dump(
+        [
+            {
+                "qid": f"{sample.sample}-{number}",
+                "image_name": sample.image,
+                "image_organ": "CHEST",
+                "question": turn.question,
+                "answer": turn.answer,
+                "answer_type": "CLOSED" if turn.answer.strip(". ").lower() in ("yes", "no") else "OPEN",
+                "evaluation": sample.made_by,
+                "phrase_type": "test_freeform" if sample.split == "test" else "freeform",
+            }
+            for sample in samples
+            for number, turn in enumerate(sample.turns)
+        ]
+    )
+
+
+def parse_vqa_rad(text: str) -> list[Instruction]:
+    """Decode VQA-RAD: each question becomes a sample of one turn; studies are unknown."""
+    return [
+        Instruction(
+            sample=str(entry.get("qid", number)),
+            study="",
+            image=_text(entry, "image_name"),
+            turns=(Turn(_text(entry, "question"), str(entry.get("answer", ""))),),
+            made_by=_text(entry, "evaluation", "unknown"),
+            split="test" if _text(entry, "phrase_type", "").startswith("test") else "train",
+        )
+        for number, entry in enumerate(_entries(json_of(text)))
+    ]
+
+
+def format_pefomed(samples: Sequence[Instruction]) -> str:
+    """Encode as PeFoMed reports: image path and the first answer; all else is lost."""
+    return _dump([{"image_path": sample.image, "report": sample.turns[0].answer} for sample in samples])
+
+
+def parse_pefomed(text: str) -> list[Instruction]:
+    """Decode PeFoMed reports: each becomes a description; studies and splits are unknown."""
+    return [
+        Instruction(
+            sample=str(number),
+            study="",
+            image=_text(entry, "image_path"),
+            turns=(Turn(DESCRIBE, _text(entry, "report")),),
+            made_by="unknown",
+            split="",
+        )
+        for number, entry in enumerate(_entries(json_of(text)))
+    ]
+
+
+def json_of(text: str) -> Any:
+    """Parse JSON; raises InstructionRefused."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InstructionRefused("expected JSON") from error
+
+
+def _conversations(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    entries = []
+    for number, turn in enumerate(turns):
+        entries.append({"from": "human", "value": (IMAGE if number == 0 else "") + turn.question})
+        entries.append({"from": "gpt", "value": turn.answer})
+    return entries
+
+
+def _turns(entries: Any) -> tuple[Turn, ...]:
+    values = _entries(entries)
+    if (
+        not values
+        or len(values) % 2
+        or any(_text(entry, "from") != ("human", "gpt")[number % 2] for number, entry in enumerate(values))
+    ):
+        raise InstructionRefused("expected human and gpt in turns")
+    texts = [_text(entry, "value") for entry in values]
+    return tuple(
+        Turn(question.replace("<image>", "").strip(), answer)
+        for question, answer in zip(texts[::2], texts[1::2], strict=True)
+    )
+
+
+def _entries(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise InstructionRefused("expected a list of objects")
+    return value
+
+
+def _text(entry: dict[str, Any], name: str, default: str | None = None) -> str:
+    value = entry.get(name, default)
+    if not isinstance(value, str):
+        raise InstructionRefused(f"expected text in field {name!r}")
+    return value
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
