@@ -458,13 +458,21 @@ def _bucketed(counts: Mapping[str, int]) -> dict[str, str]:
 def _pool(workers: int) -> ProcessPoolExecutor:
     from multiprocessing import get_context
 
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_limit_worker)
+    return ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_limit_worker, initargs=(os.getpid(),)
+    )
 
 
-def _limit_worker() -> None:
+def _limit_worker(parent: int) -> None:
+    """Bound the memory of a worker, leave Ctrl-C to the parent, and die with the parent (Linux prctl)."""
+    import ctypes
     import resource
     import signal
 
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

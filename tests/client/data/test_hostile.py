@@ -159,6 +159,38 @@ def test_import_works_in_a_network_namespace_without_interfaces(tmp_path: Path) 
     assert len(read_pairs(tmp_path / "out")) == 4
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(line) for line in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_die_with_a_killed_import(tmp_path: Path) -> None:
+    source = make_site(tmp_path / "hospital", rows(60))
+    process = subprocess.Popen(
+        command(source, tmp_path / "out", "--workers", "2"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    journal = tmp_path / ".out.importing/journal.sqlite"
+    limit = time.monotonic() + 120
+    while not (journal.exists() and len(children_of(process.pid)) >= 2) and time.monotonic() < limit:
+        time.sleep(0.05)
+    workers = children_of(process.pid) if process.poll() is None else []
+    assert workers
+    process.kill()
+    process.wait()
+    limit = time.monotonic() + 120
+    while any(map(is_alive, workers)) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert [pid for pid in workers if is_alive(pid)] == []
+
+
 def killed_and_repeated(tmp_path: Path, kills: int, *, studies: int, seed: int) -> None:
     """Import undisturbed, then with kill -9 at random moments; both folders must have the same bytes."""
     source = make_site(tmp_path / "hospital", rows(studies))

