@@ -128,8 +128,11 @@ def open_home(directory: Path) -> SiteHome:
     if not isinstance(value, dict) or set(value) != fields:
         raise SiteHomeInvalid(f"{path}: expected the fields {', '.join(sorted(fields))}")
     for name in ("epsilon", "delta"):
-        if not isinstance(value[name], int | float) or value[name] <= 0:
+        if type(value[name]) not in (int, float) or value[name] <= 0:
             raise SiteHomeInvalid(f"{path}: {name}: expected a positive number, got {value[name]!r}")
+    for name in ("site", "data"):
+        if not isinstance(value[name], str) or not value[name]:
+            raise SiteHomeInvalid(f"{path}: {name}: expected text, got {value[name]!r}")
     if not re.fullmatch(r"[0-9a-f]{64}", str(value["operator_key"])):
         raise SiteHomeInvalid(f"{path}: operator_key: expected 64 hex digits")
     if not isinstance(value["bases"], dict):

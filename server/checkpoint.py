@@ -21,6 +21,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -66,14 +67,20 @@ class StudyDirectory:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        if not directory.is_dir():
+            raise CheckpointInvalid(f"{directory}: expected a study directory, got none")
         self._lock = (directory / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
             raise RunDirectoryBusy(f"{directory}: expected no other server on this study, got one") from error
-        self.study = read_signed_study(directory)
-        self._records = self._read_records()
+        try:
+            self.study = read_signed_study(directory)
+            self._records = self._read_records()
+        except BaseException:
+            self._lock.close()
+            raise
 
     def close(self) -> None:
         self._lock.close()
@@ -91,16 +98,27 @@ class StudyDirectory:
         rounds = self._rounds()
         if not rounds:
             return StudyState(-1, initial, initial_state(self.study), self.study.sha256)
-        path = rounds[-1]
+        try:
+            return self._read_state(rounds[-1])
+        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
+            raise CheckpointInvalid(
+                f"{rounds[-1]}: expected a whole round, got {type(error).__name__}"
+            ) from error
+
+    def _read_state(self, path: Path) -> StudyState:
         state = json.loads((path / "state.json").read_text())
         adapter = read_adapter(path, self.study.adapter.tensors)
         if vector_sha256(adapter) != state["adapter_sha256"]:
             raise CheckpointInvalid(f"{path}: expected adapter {state['adapter_sha256'][:16]}…, got another")
-        with np.load(path / "optimizer.npz", allow_pickle=False) as arrays:
+        with (path / "optimizer.npz").open("rb") as handle:
+            arrays = np.load(handle, allow_pickle=False)
             optimizer = OptimizerState(arrays["first"], arrays["second"], state["steps"])
-        if len(self._records) <= state["round"]:
+        if len(self._records) == state["round"]:
             self._append_record(signed_from_json(state["record"]))
-        del self._records[state["round"] + 1 :]
+        if len(self._records) != state["round"] + 1:
+            raise CheckpointInvalid(
+                f"{path}: expected {state['round'] + 1} records, got {len(self._records)}"
+            )
         if self._records[-1].record.sha256 != state["record_sha256"]:
             raise CheckpointInvalid(f"{path}: expected record {state['record_sha256'][:16]}…, got another")
         return StudyState(state["round"], adapter, optimizer, state["record_sha256"])
@@ -168,7 +186,12 @@ class StudyDirectory:
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) != len(data):
             write_atomic(path, whole)
-        return [signed_from_json(json.loads(line)) for line in whole.splitlines()]
+        try:
+            return [signed_from_json(json.loads(line)) for line in whole.splitlines()]
+        except ValueError as error:
+            raise CheckpointInvalid(
+                f"{path}: expected one signed record a line, got something else"
+            ) from error
 
     def _rounds(self) -> list[Path]:
         root = self.directory / "rounds"

@@ -1,0 +1,81 @@
+"""From sums to one averaged gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from common.errors import AdapterInvalid
+from common.model.lora import group_mask, vector_size, vector_to_bytes
+from common.privacy.study_plan import plan_of
+from common.schedule import active_groups
+from server.aggregation import Collected, parse_floats, parse_units, protect
+from tests.simulator import Consortium, build
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
+    return build(tmp_path_factory.mktemp("plain"), mode="plain")
+
+
+@pytest.fixture(scope="module")
+def consortium(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
+    return build(tmp_path_factory.mktemp("consortium"), mode="consortium")
+
+
+def size(world: Consortium) -> int:
+    return vector_size(world.study.adapter.tensors)
+
+
+@pytest.mark.parametrize("extra", [-4, 4, -1])
+def test_a_contribution_of_another_length_is_refused_with_its_site(plain: Consortium, extra: int) -> None:
+    blob = memoryview(bytes(4 * size(plain) + extra))
+    for parse in (parse_floats, parse_units):
+        with pytest.raises(AdapterInvalid, match="beta"):
+            parse(blob, study=plain.study, site="beta")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_contribution_that_is_no_number_is_refused_with_its_site(plain: Consortium, value: float) -> None:
+    values = np.zeros(size(plain), np.float32)
+    values[-1] = value
+    with pytest.raises(AdapterInvalid, match="beta"):
+        parse_floats(memoryview(vector_to_bytes(values)), study=plain.study, site="beta")
+
+
+def test_a_plain_average_divides_by_the_public_denominator_whoever_is_missing(plain: Consortium) -> None:
+    one = np.arange(size(plain), dtype=np.float32)
+    sums = {"beta": one, "alpha": 2 * one}
+    got = protect(plain.study, Collected(dict.fromkeys(sums, ""), {}, floats=sums), round=0)
+    np.testing.assert_allclose(got.gradient, 3 * one / 20.0, rtol=1e-6)  # 0.5 of 40 patients
+    assert (got.site_share_sigma_units, got.server_sigma_units) == (0.0, 0.0)
+
+
+def test_floats_are_added_in_order_of_site_whatever_order_they_came_in(plain: Consortium) -> None:
+    generator = np.random.default_rng(0)
+    sums = {s: (1e6 * generator.standard_normal(size(plain))).astype(np.float32) for s in "abcd"}
+    back = dict(reversed(sums.items()))
+    one = protect(plain.study, Collected({}, {}, floats=sums), round=0).gradient
+    assert np.array_equal(one, protect(plain.study, Collected({}, {}, floats=back), round=0).gradient)
+
+
+def test_units_come_out_dequantised_and_noised_where_the_round_trains(consortium: Consortium) -> None:
+    study, plan = consortium.study, plan_of(consortium.study)
+    units = np.zeros(size(consortium), np.int32)
+    units[:] = 1000 * round(plan.units_per_clip)
+    trained = group_mask(study.adapter.tensors, active_groups(study, 0))
+    collected = Collected(dict.fromkeys(study.site_ids, ""), {}, units=units.view(np.uint32))
+    got = protect(study, collected, round=0)
+    wanted = 1000 * plan.clip_norm / study.training.denominator
+    assert not got.gradient[~trained].any()
+    assert got.gradient[trained].mean() == pytest.approx(wanted, rel=1e-3)
+    assert got.server_sigma_units == plan.server_topup_sigma_units(4)
+    spread = got.gradient[trained].std() * study.training.denominator / plan.clip_norm * plan.units_per_clip
+    assert spread == pytest.approx(got.server_sigma_units, rel=0.05)
+
+
+def test_negative_sums_modulo_2_32_come_out_negative(consortium: Consortium) -> None:
+    units = np.full(size(consortium), 2**32 - 500 * plan_of(consortium.study).units_per_clip, np.uint32)
+    collected = Collected(dict.fromkeys(consortium.study.site_ids, ""), {}, units=units)
+    trained = group_mask(consortium.study.adapter.tensors, active_groups(consortium.study, 0))
+    assert protect(consortium.study, collected, round=0).gradient[trained].max() < 0
