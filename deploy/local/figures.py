@@ -192,17 +192,21 @@ def train_point(
 
 
 def privacy_of(study: Study, series: Series) -> dict[str, Any]:
-    """State what a point's training claims: both ε, δ and both noise multipliers; empty for plain."""
+    """State what a point's training claims: δ, ε by view and noise multipliers; empty for plain."""
     if study.privacy.mode is Mode.PLAIN:
         return {}
-    plan = central_plan(study) if series.central else plan_of(study)
-    claim: dict[str, Any] = {"delta": plan.delta, "site_epsilon": plan.epsilon(View.SITE)}
-    claim |= {"site_noise": plan.site_noise, "release_noise": plan.release_noise}
+    plan, sites = plan_of(study), len(study.site_ids)
+    if series.central:
+        plan = central_plan(study)
+        claim = {"release_epsilon": plan.epsilon(View.RELEASE)}
+    else:
+        claim = {"site_epsilon": plan.epsilon(View.SITE)}
     if study.privacy.mode is Mode.CONSORTIUM and not series.central:
-        sites = len(study.site_ids)
         served = ServedRound(sites, plan.server_topup_sigma_units(sites))
         claim["release_epsilon"] = plan.epsilon(View.RELEASE, [served] * study.rounds)
-    return claim
+    return {
+        "delta": plan.delta, "site_noise": plan.site_noise, "release_noise": plan.release_noise, **claim,
+    }  # fmt: skip
 
 
 def make_points(
@@ -364,7 +368,7 @@ def make(
     seed: Annotated[
         int, typer.Option(help="Of the made-up patients; the demo's are seeds 1 and 1000.")
     ] = 1001,
-    repeats: Annotated[int, typer.Option(min=1, help="Trainings at ε 8 and ∞, each with own draws.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Trainings at ε 8 and ∞, each with own draws.")] = 1,
     data: Annotated[Path | None, typer.Option(help="Prepared folders, one per site, instead.")] = None,
     patients: Annotated[int, typer.Option(help="Public nominal training patients of --data.")] = 900,
     name: Annotated[str, typer.Option(help="Of the files.")] = "f1_epsilon",
