@@ -135,10 +135,9 @@ class Cohort:
         ids = dict(zip(self._grid.push_messages(messages), unknown, strict=True))
         replies = self._poll(ids, until_unix_s=self._clock() + 30.0)
         for message_id, reply in replies:
-            if reply.has_content():
-                site = str(reply.content[RECORD]["site"])
-                if site in self._keys:
-                    self._nodes.setdefault(site, ids[message_id])
+            site = _claimed_site(reply)
+            if site in self._keys:
+                self._nodes.setdefault(site, ids[message_id])
 
     def _push(self, envelopes: Mapping[str, tuple[str, bytes]]) -> dict[str, str]:
         sites = sorted(envelopes)
@@ -170,6 +169,13 @@ class SiteRefused(FedRadError):
 def _message(node: int, stage: str, envelope: bytes) -> Message:
     records = {name: ConfigRecord(record) for name, record in split_envelope(stage, envelope).items()}
     return Message(RecordDict(records), dst_node_id=node, message_type="query.relay")
+
+
+def _claimed_site(reply: Message) -> str:
+    """Return the site that a node says it is; empty where it says nothing that can be one."""
+    record = reply.content.get(RECORD) if reply.has_content() else None
+    site = record.get("site") if isinstance(record, ConfigRecord) else None
+    return site if isinstance(site, str) else ""
 
 
 def _envelope(reply: Message) -> bytes:

@@ -32,6 +32,7 @@ from common.config import Study, parse_study
 from common.errors import FedRadError
 from common.identity import SigningKey, load_key
 from common.protocol import Header, Kind, Stage, read_header, seal, unpack_body
+from common.relay import RECORD, join_envelope, split_envelope
 from deploy.local.consortium import set_up
 from server.app import run_study
 from server.checkpoint import StudyState
@@ -152,19 +153,20 @@ class SimulatedGrid:
 
     def _serve(self, message_id: str, message: Message) -> dict[str, Message]:
         site = self.nodes[message.metadata.dst_node_id]
-        record: Any = message.content["fedrad"]
-        if record["stage"] == "whoami":
-            answer = ConfigRecord({"site": site})
-        else:
-            try:
-                reply = self._world.relay(site, bytes(record["envelope"]))
-            except (NodeDown, FedRadError) as failure:
-                error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(failure).__name__}: {failure}")
-                return {message_id: Message(error, reply_to=message)}
-            if reply is None:
-                return {}
-            answer = ConfigRecord({"stage": record["stage"], "envelope": reply})
-        return {message_id: Message(RecordDict({"fedrad": answer}), reply_to=message)}
+        content: Any = message.content
+        if content[RECORD]["stage"] == "whoami":
+            who = ConfigRecord({"site": site})
+            return {message_id: Message(RecordDict({RECORD: who}), reply_to=message)}
+        stage, envelope = join_envelope(content)
+        try:
+            reply = self._world.relay(site, envelope)
+        except (NodeDown, FedRadError) as failure:
+            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(failure).__name__}: {failure}")
+            return {message_id: Message(error, reply_to=message)}
+        if reply is None:
+            return {}
+        records = {name: ConfigRecord(record) for name, record in split_envelope(stage, reply).items()}
+        return {message_id: Message(RecordDict(records), reply_to=message)}
 
 
 @dataclass

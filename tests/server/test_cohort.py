@@ -1,0 +1,178 @@
+"""One signed exchange: who counts as a site, and why an answer does not count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+
+from common.errors import AdapterInvalid
+from common.protocol import Header, Stage
+from common.protocol import Message as SignedMessage
+from server.cohort import Cohort, Outcome
+from server.round import hello_request
+from tests.simulator import SITES, Consortium, NodeDown, SimulatedGrid, build, server_identity
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[Consortium]:
+    made = build(tmp_path, mode="plain")
+    with server_identity():
+        yield made
+    made.close()
+
+
+def cohort(world: Consortium, grid: SimulatedGrid | None = None) -> Cohort:
+    return Cohort(
+        grid or SimulatedGrid(world), world.study, clock=world.clock, sleep=lambda seconds: None  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def greet(
+    world: Consortium,
+    among: Cohort,
+    accept: Callable[[str, SignedMessage], None] = lambda site, reply: None,
+    sites: Iterable[str] = SITES,
+) -> Outcome:
+    among.present(wait_s=0.0, at_least=1)
+    requests = {site: hello_request(world.operator, world.study, site) for site in sites}
+    return among.exchange(requests, accept=accept, until_unix_s=world.clock() + 600)
+
+
+def test_all_answers_are_verified_and_handed_over_one_by_one(world: Consortium) -> None:
+    got: dict[str, str] = {}
+    among = cohort(world)
+    outcome = greet(world, among, lambda site, reply: got.__setitem__(site, reply.header.sender))
+    assert outcome == Outcome(tuple(sorted(SITES)), {})
+    assert got == {site: site for site in SITES}
+    assert among.traffic.messages == {"hello-down": 4, "hello-up": 4}
+
+
+def test_a_site_that_is_not_connected_is_named(world: Consortium) -> None:
+    world.away.add("beta")
+    outcome = greet(world, cohort(world))
+    assert outcome.missing == {"beta": "not connected"}
+
+
+def test_waiting_ends_with_the_deadline_or_when_enough_are_there(world: Consortium) -> None:
+    world.away |= {"beta", "gamma"}
+    start = world.clock()
+    assert cohort(world).present(wait_s=1000.0, at_least=4) == ("alpha", "delta")
+    assert world.clock() >= start + 1000
+    world.away.clear()
+    waited = world.clock()
+    assert len(cohort(world).present(wait_s=1000.0, at_least=4)) == 4
+    assert world.clock() == waited
+
+
+def test_an_answer_that_does_not_come_is_named(world: Consortium) -> None:
+    world.before = lambda to, header, request: None if to == "beta" else request
+    assert greet(world, cohort(world)).missing == {"beta": "no answer before the deadline"}
+
+
+def test_a_site_whose_process_failed_is_named_and_looked_for_again(world: Consortium) -> None:
+    def before(to: str, header: Header, request: bytes) -> bytes:
+        if to == "beta":
+            raise NodeDown("killed")
+        return request
+
+    world.before = before
+    among = cohort(world)
+    assert greet(world, among).missing["beta"].startswith("NodeFailed")
+    world.before = lambda to, header, request: request
+    assert greet(world, among).missing == {}
+
+
+def test_a_signed_refusal_is_named_with_its_error(world: Consortium) -> None:
+    def renamed(to: str, header: Header, request: bytes) -> bytes:
+        if to == "beta":
+            (world.out / "sites" / "beta" / "site.json").write_text("{}")
+            world.agent("beta").home.bases.clear()
+        return request
+
+    world.agent("beta")
+    world.before = renamed
+    reason = greet(world, cohort(world)).missing["beta"]
+    assert reason.startswith("SiteRefused: BaseInvalid")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda reply: reply[:-1] + b"\0", "BodyHashMismatch"),
+        (lambda reply: reply[:50], "EnvelopeMalformed"),
+        (lambda reply: b"", "EnvelopeMalformed"),
+        (lambda reply: reply + bytes(64 << 20), "BodyTooLarge"),
+    ],
+)
+def test_an_answer_altered_on_the_way_does_not_count(
+    world: Consortium, change: Callable[[bytes], bytes], error: str
+) -> None:
+    world.after = lambda of, header, reply: change(reply) if of == "beta" else reply
+    outcome = greet(world, cohort(world))
+    assert outcome.missing["beta"].startswith(error) and len(outcome.answered) == 3
+
+
+def test_the_answer_to_an_earlier_request_does_not_count(world: Consortium) -> None:
+    kept: dict[str, bytes] = {}
+    world.after = lambda of, header, reply: kept.setdefault(of, reply)
+    among = cohort(world)
+    assert greet(world, among).missing == {}
+    outcome = greet(world, among)
+    assert outcome.answered == ()
+    assert all(reason.startswith("MessageReplayed") for reason in outcome.missing.values())
+
+
+def test_what_accept_refuses_makes_a_missing_site(world: Consortium) -> None:
+    def accept(site: str, reply: SignedMessage) -> None:
+        if site == "beta":
+            raise AdapterInvalid("wrong length")
+
+    outcome = greet(world, cohort(world), accept)
+    assert outcome.missing == {"beta": "AdapterInvalid: wrong length"}
+
+
+class OddGrid(SimulatedGrid):
+    """A transport on which one node answers with what Flower never promised to keep out."""
+
+    def __init__(self, world: Consortium, stage: str, content: RecordDict | Error) -> None:
+        super().__init__(world)
+        self._odd = stage, content
+
+    def _serve(self, message_id: str, message: Message) -> dict[str, Message]:
+        record: Any = message.content["fedrad"]
+        stage, content = self._odd
+        if message.metadata.dst_node_id == 102 and record["stage"] == stage:
+            return {message_id: Message(content, reply_to=message)}
+        return super()._serve(message_id, message)
+
+
+ODD = [
+    RecordDict({}),
+    RecordDict({"fedrad": ConfigRecord({})}),
+    RecordDict({"fedrad": ConfigRecord({"site": 5, "envelope": "text"})}),
+    RecordDict({"other": ConfigRecord({"site": "beta"})}),
+]
+
+
+@pytest.mark.parametrize("content", ODD)
+def test_a_node_that_answers_nonsense_to_a_request_is_a_missing_site(
+    world: Consortium, content: RecordDict
+) -> None:
+    outcome = greet(world, cohort(world, OddGrid(world, Stage.HELLO.value, content)))
+    assert set(outcome.missing) == {"beta"} and len(outcome.answered) == 3
+
+
+@pytest.mark.parametrize("content", ODD)
+def test_a_node_that_does_not_say_who_it_is_is_no_site(world: Consortium, content: RecordDict) -> None:
+    assert "beta" not in cohort(world, OddGrid(world, "whoami", content)).present(wait_s=0.0, at_least=4)
+
+
+@pytest.mark.parametrize("claims", ["alpha", "mallory"])
+def test_a_node_that_claims_anothers_name_does_not_take_its_place(world: Consortium, claims: str) -> None:
+    content = RecordDict({"fedrad": ConfigRecord({"site": claims})})
+    outcome = greet(world, cohort(world, OddGrid(world, "whoami", content)))
+    assert "alpha" in outcome.answered and outcome.missing == {"beta": "not connected"}
