@@ -64,7 +64,8 @@ def _verify(plan: PrivacyPlan, site_epsilon: float, release_epsilon: float) -> N
         epsilon = plan.epsilon(view)
         if epsilon > limit * (1 + 1e-9):
             raise ManifestInvalid(
-                f"privacy.{view.value}_epsilon: expected noise that keeps ε at most {limit:g}, got ε {epsilon:.3f}"
+                f"privacy.{view.value}_epsilon: expected noise that keeps ε at most {limit:g}, "
+                f"got ε {epsilon:.3f}"
             )
 
 

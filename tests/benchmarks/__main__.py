@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks [NAME …]`: run benchmarks and print one flat JSON object; progress on stderr."""
+"""`python -m tests.benchmarks [NAME …]`: print one flat JSON object of figures; progress on stderr."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def main() -> int:
             print(f"{name}: not built yet", file=sys.stderr)
             continue
         print(f"{name}: running", file=sys.stderr, flush=True)
-        figures |= importlib.import_module(module).run(lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+        figures |= importlib.import_module(module).run(
+            lambda line: print(f"  {line}", file=sys.stderr, flush=True)
+        )
     print(json.dumps(figures, indent=2))
     return 0
 
