@@ -402,7 +402,7 @@ def test_a_server_killed_after_any_durable_step_ends_with_the_same_adapter(
         if not killed:
             break
         step += 1
-    assert step > 15
+    assert step > 12
 
 
 def test_a_restart_asks_the_same_questions_byte_for_byte(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
