@@ -18,7 +18,8 @@ import typer
 from common.errors import FedRadError
 
 if TYPE_CHECKING:
-    from client.data.importing import ImportSummary, Reader
+    from client.data.importing import Reader
+    from client.data.summary import ImportSummary
 
 app = typer.Typer(
     help="Turn a hospital's images and reports into clean, de-identified pairs.", no_args_is_help=True

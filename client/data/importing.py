@@ -14,12 +14,9 @@ import hmac
 import json
 import os
 import shutil
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +25,17 @@ from client.data.curation import Curation, curate
 from client.data.index import write_index
 from client.data.journal import Journal
 from client.data.leak_gate import SAMPLE, measure_leaks, verify_recall
-from client.data.prepare import Recipe, dicom_name, prepare_study
+from client.data.prepare import Recipe, dicom_name
 from client.data.redaction_rules import RULES_VERSION
 from client.data.reports import PRIORS_VERSION
 from client.data.sitekey import SiteKey
 from client.data.sources import paths
 from client.data.store import (
     DEFAULT_FRACTIONS,
-    SPLITS,
     Pair,
     Split,
     bucket,
+    file_sha256,
     iter_pairs,
     read_card,
     refuse_existing,
@@ -46,6 +43,8 @@ from client.data.store import (
     split_of,
 )
 from client.data.study import Dropped, Prepared, Reason, SourceStudy
+from client.data.summary import Counts, ImportSummary
+from client.data.workers import prepared
 from common.errors import DatasetExists, DatasetInvalid, ImportBusy, SourceInvalid
 from common.files import write_atomic
 
@@ -72,21 +71,6 @@ class ImportPlan:
     with_dicom: bool = False
     workers: int = 1
     withdrawn: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class ImportSummary:
-    """What an import did; exact counts, for the site's own eyes."""
-
-    directory: str
-    done_before: bool
-    read: int
-    kept: int
-    dropped: dict[str, int]
-    patients: int
-    splits: dict[str, int]
-    flags: dict[str, int]
-    preview: list[dict[str, Any]]
 
 
 def import_studies(plan: ImportPlan, read_source: Reader, *, progress: Progress) -> ImportSummary:
@@ -151,13 +135,8 @@ def verify_plan(plan: ImportPlan) -> None:
 def fingerprint(plan: ImportPlan) -> str:
     """Keyed hash of the plan and of the names, sizes and times of all source files."""
     mac = hmac.new(plan.key.derive("import fingerprint"), digestmod=hashlib.sha256)
-    settings = {
-        "format": plan.format,
-        "mapping": dict(plan.mapping),
-        "side": plan.max_side,
-        "bits": plan.bits,
-    }
-    mac.update(json.dumps(settings, sort_keys=True).encode())
+    table = file_sha256(plan.table) if plan.table is not None and plan.table.is_file() else ""
+    mac.update(json.dumps([settings_of(plan), table, tool_versions()], sort_keys=True).encode())
     for path in paths.walk_files(plan.source):
         status = path.stat()
         entry = (path.relative_to(plan.source).as_posix(), status.st_size, status.st_mtime_ns)
@@ -232,45 +211,6 @@ def run_stages(
     journal.record(batch)
 
 
-def prepared(
-    studies: Iterator[tuple[int, SourceStudy]],
-    recipe: Recipe,
-    *,
-    workers: int,
-    prepare: Callable[[SourceStudy, Recipe], Prepared | Dropped] = prepare_study,
-) -> Iterator[tuple[int, Prepared | Dropped]]:
-    """Yield the outcome of each study in order, over `workers` processes and with a bounded window.
-
-    A study whose decoder kills its process is dropped with a reason; the others go on.
-    """
-    if workers <= 1:
-        for position, source in studies:
-            yield position, prepare(source, recipe)
-        return
-    window: deque[tuple[int, SourceStudy, Future[Prepared | Dropped]]] = deque()
-    pool = _pool(workers)
-    try:
-        exhausted = False
-        while window or not exhausted:
-            while not exhausted and len(window) < 4 * workers:
-                if (entry := next(studies, None)) is None:
-                    exhausted = True
-                else:
-                    window.append((*entry, _submit(pool, prepare, entry[1], recipe)))
-            if not window:
-                return
-            position, source, future = window.popleft()
-            try:
-                yield position, future.result()
-            except BrokenProcessPool:
-                pool.shutdown(wait=False, cancel_futures=True)
-                yield position, _alone(source, recipe, prepare)
-                pool = _pool(workers)
-                window = deque((at, study, _submit(pool, prepare, study, recipe)) for at, study, _ in window)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def curate_journal(journal: Journal, *, progress: Progress) -> Curation:
     """Compare the prepared studies of a journal with each other."""
     total = journal.count()
@@ -314,57 +254,6 @@ def pair_of(outcome: Prepared, split: Split) -> Pair:
         impression=outcome.impression,
         split=split,
     )
-
-
-@dataclass(slots=True)
-class Counts:
-    """Running counts over decided studies."""
-
-    read: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    splits: Counter[str] = field(default_factory=Counter)
-    flags: Counter[str] = field(default_factory=Counter)
-    languages: Counter[str] = field(default_factory=Counter)
-    redactions: Counter[str] = field(default_factory=Counter)
-    priors_removed: int = 0
-    patients: set[str] = field(default_factory=set)
-
-    def add(self, outcome: Prepared | Dropped, pair: Pair | None) -> None:
-        """Count one study."""
-        self.read += 1
-        if isinstance(outcome, Dropped) or pair is None:
-            self.dropped[outcome.reason if isinstance(outcome, Dropped) else ""] += 1
-            return
-        self.splits[pair.split] += 1
-        self.patients.add(pair.patient)
-        self.flags.update(outcome.facts["flags"])
-        self.languages[outcome.facts["language"]] += 1
-        self.redactions.update(outcome.facts["redactions"])
-        self.priors_removed += outcome.facts["priors_removed"]
-
-    def summary(self, directory: Path, *, done_before: bool, preview: list[dict[str, Any]]) -> ImportSummary:
-        """Return the exact counts for the site."""
-        return ImportSummary(
-            directory=str(directory),
-            done_before=done_before,
-            read=self.read,
-            kept=sum(self.splits.values()),
-            dropped=dict(sorted(self.dropped.items())),
-            patients=len(self.patients),
-            splits={split: self.splits[split] for split in SPLITS},
-            flags=dict(sorted(self.flags.items())),
-            preview=preview,
-        )
-
-    def card(self) -> dict[str, Any]:
-        """Return bucketed counts for the card."""
-        return {
-            "dropped": _bucketed(self.dropped),
-            "flags": _bucketed(self.flags),
-            "languages": _bucketed(self.languages),
-            "redactions": _bucketed(self.redactions),
-            "priors_removed": bucket(self.priors_removed),
-        }
 
 
 def seal(plan: ImportPlan, journal: Journal, staging: Path, *, mark: str, progress: Progress) -> None:
@@ -449,62 +338,6 @@ def tool_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return {**found, "tesseract": tesseract_version()}
-
-
-def _bucketed(counts: Mapping[str, int]) -> dict[str, str]:
-    return {name: bucket(count) for name, count in sorted(counts.items()) if count}
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    from multiprocessing import get_context
-
-    return ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_limit_worker, initargs=(os.getpid(),)
-    )
-
-
-def _limit_worker(parent: int) -> None:
-    """Bound the memory of a worker, leave Ctrl-C to the parent, and die with the parent (Linux prctl)."""
-    import ctypes
-    import resource
-    import signal
-
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _submit(
-    pool: ProcessPoolExecutor,
-    prepare: Callable[[SourceStudy, Recipe], Prepared | Dropped],
-    source: SourceStudy,
-    recipe: Recipe,
-) -> Future[Prepared | Dropped]:
-    """Submit a study; a pool that is already broken gives a future that says so."""
-    try:
-        return pool.submit(prepare, source, recipe)
-    except BrokenProcessPool as error:
-        future: Future[Prepared | Dropped] = Future()
-        future.set_exception(error)
-        return future
-
-
-def _alone(
-    source: SourceStudy, recipe: Recipe, prepare: Callable[[SourceStudy, Recipe], Prepared | Dropped]
-) -> Prepared | Dropped:
-    """Prepare one suspect study in a process of its own."""
-    from client.data.sitekey import study_pseudonym
-
-    pool = _pool(1)
-    try:
-        return pool.submit(prepare, source, recipe).result()
-    except BrokenProcessPool:
-        return Dropped(source.where, study_pseudonym(recipe.key, source.study), Reason.IMAGE_CRASHED)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _remove_others(staging: Path, kept: set[str]) -> None:

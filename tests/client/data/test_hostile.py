@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from client.data.cli import app
-from client.data.importing import prepared
 from client.data.prepare import Recipe, prepare_study
 from client.data.sitekey import SiteKey
 from client.data.sources.table import read_table
 from client.data.store import read_pairs
 from client.data.study import Dropped, Prepared, Reason, SourceStudy
+from client.data.workers import prepared
 from tests.client.data.site_folder import make_site, rows, site_key, write_table
 from tests.client.data.test_import_table import run_import, tree
 

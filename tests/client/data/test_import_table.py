@@ -156,6 +156,14 @@ def test_changed_source_is_not_mixed_into_finished_data(tmp_path: Path) -> None:
         run_import(source, tmp_path / "out")
 
 
+def test_changed_settings_are_another_import(tmp_path: Path) -> None:
+    source = make_site(tmp_path / "hospital", rows(3))
+    run_import(source, tmp_path / "out")
+    for options in (["--keep-priors"], ["--size", "100"], ["--no-check-writing"], ["--bits", "16"]):
+        with pytest.raises(DatasetExists):
+            run_import(source, tmp_path / "out", *options)
+
+
 def test_source_without_one_usable_study_is_an_error_and_leaves_no_folder(tmp_path: Path) -> None:
     table = rows(2)
     for row in table:
