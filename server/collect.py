@@ -154,8 +154,10 @@ def collect_masked(attempt: Attempt, book: MaskingBook, missing: dict[str, str])
     machine = book.read(pending.round, pending.attempt)
     following = book.read(pending.round + 1, 1)
     if machine.stage is ServerStage.KEYS:
-        _long_form(attempt, book, machine, missing)
+        _take_keys(attempt, book, machine, missing)
     if machine.stage is ServerStage.DEALING:
+        if not machine.to_json()["shares"]:  # the long form, or a server killed in the middle of it
+            _take_shares(attempt, machine, missing)
         machine.close_shares(adapter=vector_sha256(attempt.state.adapter))
         book.write(machine, following)
     size = vector_size(study.adapter.tensors)
@@ -180,8 +182,8 @@ def collect_masked(attempt: Attempt, book: MaskingBook, missing: dict[str, str])
     return Collected(digests, missing, units=out)
 
 
-def _long_form(attempt: Attempt, book: MaskingBook, machine: ServerRound, missing: dict[str, str]) -> None:
-    """Keys and shares as exchanges of their own."""
+def _take_keys(attempt: Attempt, book: MaskingBook, machine: ServerRound, missing: dict[str, str]) -> None:
+    """Ask for keys in an exchange of their own: the long form's first half."""
 
     def accept_keys(site: str, reply: Message) -> None:
         _, (keys,) = unpack_body(reply.body, fields={}, parts=1)
@@ -190,8 +192,13 @@ def _long_form(attempt: Attempt, book: MaskingBook, machine: ServerRound, missin
     requests = {site: attempt.request(Stage.KEYS, site, pack_body({})) for site in attempt.pending.cohort}
     outcome = attempt.cohort.exchange(requests, accept=accept_keys, until_unix_s=attempt.until())
     missing.update(outcome.missing)
-    key_set = machine.close_keys()
+    machine.close_keys()
     book.write(machine)
+
+
+def _take_shares(attempt: Attempt, machine: ServerRound, missing: dict[str, str]) -> None:
+    """Ask for shares in an exchange of their own: the long form's second half."""
+    key_set = machine.key_set
 
     def accept_shares(site: str, reply: Message) -> None:
         _, (shares,) = unpack_body(reply.body, fields={}, parts=1)
