@@ -332,7 +332,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         axes.set_ylabel("finding-F1 on held-out studies (95 % bootstrap)")
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 0.07))
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
