@@ -368,7 +368,7 @@ def make(
     seed: Annotated[
         int, typer.Option(help="Of the made-up patients; the demo's are seeds 1 and 1000.")
     ] = 1001,
-    repeats: Annotated[int, typer.Option(min=1, help="Trainings at ε 8 and ∞, each with own draws.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Trainings of each point, each with own draws.")] = 1,
     data: Annotated[Path | None, typer.Option(help="Prepared folders, one per site, instead.")] = None,
     patients: Annotated[int, typer.Option(help="Public nominal training patients of --data.")] = 900,
     name: Annotated[str, typer.Option(help="Of the files.")] = "f1_epsilon",
@@ -385,8 +385,7 @@ def make(
             if data is not None
             else synthetic_workload(work, seed=seed, quick=quick, display=display)
         )
-        points = [(s, e, 0) for e in EPSILONS for s in SERIES if e in s.epsilons]
-        points += [(s, e, r) for r in range(1, repeats) for e in EPSILONS[:2] for s in SERIES[:2]]
+        points = [(s, e, r) for r in range(repeats) for e in EPSILONS for s in SERIES if e in s.epsilons]
         points = points[:4] if quick else points
         document = make_points(out / f"{name}.json", work, workload, points, display)
     draw(document, out / f"{name}.svg")
