@@ -28,13 +28,14 @@ def run_program(app: typer.Typer) -> None:
         code = app(standalone_mode=False)
     except FedRadError as error:
         print(f"error: {error.code}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        code = 1
     except click.ClickException as error:
         error.show()
-        raise SystemExit(error.exit_code) from None
+        code = error.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
