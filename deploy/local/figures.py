@@ -159,6 +159,7 @@ def manifest_text(workload: Workload, series: Series, epsilon: float, seed: int)
 def open_study(work: Path, workload: Workload, text: str) -> tuple[Study, Path, dict[str, SiteHome]]:
     """Sign a manifest below `work` as a local run does; the sites' features are shared by all points."""
     out = work / "studies" / sha256_hex(text.encode())[:16]
+    shutil.rmtree(out, ignore_errors=True)  # it holds keys only, and may be an older version's
     write_atomic(out / "study.toml", text.encode())
     made = set_up(out / "study.toml", data=workload.data, out=out, base=None)
     homes = {site: replace(home, directory=work / "features" / site) for site, home in made.homes.items()}
