@@ -155,13 +155,14 @@ def test_missing_data_names_the_site(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_both_engines_end_with_the_same_bytes(
     small_data: Path, small_study: MakeStudy, tmp_path: Path, fedrad_local: Start
 ) -> None:
-    study = small_study("consortium", rounds=3)
+    study = small_study("consortium", rounds=20)
     arguments = ("--data", small_data, "--no-compare")
     for engine in ("inprocess", "flower"):
         process = fedrad_local("run", study, *arguments, "--out", tmp_path / engine, "--engine", engine)
-        code, _, stderr = _finish(process, timeout_s=600)
+        code, _, stderr = _finish(process, timeout_s=1500)
         assert code == 0, stderr
     assert _final_adapter(tmp_path / "inprocess") == _final_adapter(tmp_path / "flower")
