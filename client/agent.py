@@ -29,6 +29,9 @@ from client.state import SiteState
 from client.training import TrainingData, prepare_training
 from common.config import Mode, Study
 from common.errors import (
+    AdapterInvalid,
+    BaseHashMismatch,
+    BaseInvalid,
     BodyTooLarge,
     DataInsufficient,
     EnvelopeMalformed,
@@ -74,7 +77,7 @@ MAX_RECORDS = 100_000
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the agent is; percent in steps of ten, because its reader may be anybody at the socket."""
+    """That a stage began (0) or ended (100): any more would count patients to whoever is at the socket."""
 
     study: str
     round: int
@@ -196,6 +199,7 @@ class SiteAgent:
         if stage in (Stage.KEYS, Stage.SHARES, Stage.UNMASK) and not running.study.masked:
             raise WrongStage(f"privacy.masking: expected no stage {stage.value} in this study, got one")
         reply = self._reply(message, serve(message, running))
+        self._tell(running.study, message.header.round, stage, 100)
         if stage is not Stage.FINISH:
             running.state.spool(message.header, reply)
         return reply
@@ -211,11 +215,11 @@ class SiteAgent:
     def _hello(self, message: Message, running: _Running) -> bytes:
         """Say how far this site's verified history goes; load model and data, commit the budget."""
         unpack_body(message.body, fields={})
-        self._training_data(running)
         seen = running.state.seen()
         if running.study.privacy.mode is not Mode.PLAIN and seen.round + 1 < running.study.rounds:
             verify_plan(running.study)
             self._open_budget().commit(running.study.sha256, plan_of(running.study))
+        self._training_data(running)
         return pack_body({"version": VERSION, "seen_round": seen.round, "seen_record": seen.record_sha256})
 
     def _keys(self, message: Message, running: _Running) -> bytes:
@@ -260,6 +264,7 @@ class SiteAgent:
         running.masked.forget_before(newest.round)
         seed = state.begin(header, message.sha256, self._random(32))
         seed = self._charge(running, message, seed)
+        self._tell(study, header.round, Stage.CONTRIBUTE, 0)
         about = {"adapter_sha256": meta["adapter_sha256"]}
         csprng = round_randomness(study, site=self.home.site, round=header.round, seed=seed)
         if study.privacy.mode is not Mode.CONSORTIUM:
@@ -312,27 +317,39 @@ class SiteAgent:
     # --- work ---------------------------------------------------------------------------------------------
 
     def _training_data(self, running: _Running) -> TrainingData:
-        if running.data is None:
-            verify_data(self.home)
-            base = self.home.base_directory(running.study.base.name)
-            running.data_sha256 = hashlib.sha256((self.home.data / "pairs.jsonl").read_bytes()).hexdigest()
-            with self._models.use(running.study, base) as adapted:
-                running.data = prepare_training(
-                    adapted,
-                    running.study,
-                    read_pairs(self.home.data),
-                    data=self.home.data,
-                    cache=self.home.cache,
-                    progress=lambda what, done, total: self._tell(running.study, 0, what, done, total),
-                )
-            nominal = running.study.training.patients
-            if running.study.privacy.mode is not Mode.PLAIN and len(running.data.patients) > nominal:
-                running.data = None
-                raise DataInsufficient(
-                    f"training.patients: expected the nominal number ({nominal}) to cover this site's own "
-                    "patients, got more; δ would not hold"
-                )
-        return running.data
+        """Load the site's pairs, again when they changed; what is wrong with them stays in its own log."""
+        try:
+            return self._load_training_data(running)
+        except (BaseInvalid, BaseHashMismatch, AdapterInvalid):
+            raise
+        except FedRadError as error:
+            log.warning("this site's data: %s: %s", error.code, error)
+            raise DataInsufficient(
+                "expected data that can serve the study, got none; the site's own log says why"
+            ) from error
+
+    def _load_training_data(self, running: _Running) -> TrainingData:
+        study = running.study
+        verify_data(self.home)
+        sha256 = hashlib.sha256((self.home.data / "pairs.jsonl").read_bytes()).hexdigest()
+        if running.data is not None and running.data_sha256 == sha256:
+            return running.data
+        with self._models.use(study, self.home.base_directory(study.base.name)) as adapted:
+            data = prepare_training(
+                adapted,
+                study,
+                read_pairs(self.home.data),
+                data=self.home.data,
+                cache=self.home.cache,
+                progress=lambda what, done, total: None,
+            )
+        if study.privacy.mode is not Mode.PLAIN and len(data.patients) > study.training.patients:
+            raise DataInsufficient(
+                f"training.patients: expected the nominal number ({study.training.patients}) to cover this "
+                "site's own patients, got more; δ would not hold"
+            )
+        running.data, running.data_sha256 = data, sha256
+        return data
 
     def _open_budget(self) -> Budget:
         if self._budget is None:
@@ -370,10 +387,9 @@ class SiteAgent:
         study, data = running.study, self._training_data(running)
         with self._models.use(study, self.home.base_directory(study.base.name)) as adapted:
             adapted.write_vector(vector)
-            tell = self._teller(study, round)
             if study.privacy.mode is Mode.LOCAL:
-                return local_update(adapted, study, data, csprng, vector, round=round, progress=tell)
-            return plain_sum(adapted, study, data, csprng, round=round, progress=tell)
+                return local_update(adapted, study, data, csprng, vector, round=round, progress=_untold)
+            return plain_sum(adapted, study, data, csprng, round=round, progress=_untold)
 
     def _noised_sum(
         self, running: _Running, round: int, vector: Vector, csprng: Csprng
@@ -381,14 +397,14 @@ class SiteAgent:
         study, data = running.study, self._training_data(running)
         with self._models.use(study, self.home.base_directory(study.base.name)) as adapted:
             adapted.write_vector(vector)
-            return noised_sum(adapted, study, data, csprng, round=round, progress=self._teller(study, round))
+            return noised_sum(adapted, study, data, csprng, round=round, progress=_untold)
 
-    def _teller(self, study: Study, round: int) -> Callable[[int, int], None]:
-        return lambda done, total: self._tell(study, round, "contribute", done, total)
+    def _tell(self, study: Study, round: int, stage: Stage, percent: int) -> None:
+        self._report(Progress(study.study.id, round, stage.value, percent))
 
-    def _tell(self, study: Study, round: int, what: str, done: int, total: int) -> None:
-        percent = 10 * (10 * done // max(1, total))
-        self._report(Progress(study.study.id, round, what, percent))
+
+def _untold(done: int, total: int) -> None:
+    """Nobody is told how many patients are done."""
 
 
 def _records(values: Sequence[Any]) -> list[SignedRecord]:

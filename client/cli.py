@@ -220,18 +220,35 @@ def report(
     release: Annotated[Path, typer.Option("--release", help="Release directory.")],
     indication: Annotated[str, typer.Option(help="Why the study was made.")] = "",
     base: Annotated[Path | None, typer.Option("--base", help="Base model directory, if not tiny.")] = None,
+    operator_key: Annotated[
+        str | None, typer.Option("--operator-key", help="Whose release it must be; default: this site's.")
+    ] = None,
+    home: Home = _DEFAULT_HOME,
     allow_unprotected: Annotated[
         bool, typer.Option(help="Run a release that has no differential privacy.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the findings of one image with a release, on this machine."""
+    import sys
+
     _one_thread()
+    if operator_key is None and (home / "site.json").is_file():
+        from client.home import open_home
+
+        operator_key = open_home(home).operator_key
+    if operator_key is None:
+        print("warning: no --operator-key and no enrolled --home: who signed is not checked", file=sys.stderr)
     from client.drafting import draft_findings
 
     with bars():
         value = draft_findings(
-            image, release=release, indication=indication, base=base, allow_unprotected=allow_unprotected
+            image,
+            release=release,
+            indication=indication,
+            base=base,
+            operator_key=operator_key,
+            allow_unprotected=allow_unprotected,
         )
     answer(value, as_json=as_json, text=lambda: str(value["findings"]))
 

@@ -17,15 +17,19 @@ def draft_findings(
     release: Path,
     indication: str = "",
     base: Path | None = None,
+    operator_key: str | None = None,
     allow_unprotected: bool = False,
 ) -> dict[str, Any]:
     """Verify release and base, read the image and write its findings.
+
+    Without `operator_key` (64 hex digits) the release is checked against the key that it names itself, which
+    shows damage, not forgery: `operator_checked` is then False.
 
     Returns findings, model (round and adapter hash), release ε and seconds. Raises ReleaseInvalid,
     SignatureInvalid, BaseHashMismatch, ImageUnreadable.
     """
     started = time.monotonic()
-    opened = open_release(release, allow_unprotected=allow_unprotected)
+    opened = open_release(release, operator_key=operator_key, allow_unprotected=allow_unprotected)
     directory = _base(opened.study.base.name, base)
     verify_base(directory, opened.study.base.files)
 
@@ -54,6 +58,7 @@ def draft_findings(
         "round": note.round,
         "adapter": note.adapter_sha256,
         "mode": note.mode,
+        "operator_checked": operator_key is not None,
         "release_epsilon": note.release_epsilon or None,
         "seconds": round(time.monotonic() - started, 3),
     }

@@ -491,6 +491,19 @@ def _check_privacy(study: Study, sites: int) -> None:
             f"expected at least {sites - privacy.dropouts} (sites less the tolerated dropouts, whose noise "
             f"the others carry), got {study.cohort.min_sites}",
         )
+    if privacy.mode is Mode.CONSORTIUM and not privacy.masking and study.testing is None:
+        raise _At(
+            ("privacy", "masking"),
+            "expected true (without masks the server sees each site's single noise share, and the site ε "
+            "does not hold), got false; only a [testing] study may compare without masks",
+        )
+    tolerated = (max(2, study.cohort.min_sites) + 1) // 3
+    if study.masked and privacy.colluders > tolerated:
+        raise _At(
+            ("privacy", "colluders"),
+            f"expected at most {tolerated} with this floor of survivors (docs/protocol/secagg.md), "
+            f"got {privacy.colluders}",
+        )
     if privacy.release_epsilon > privacy.site_epsilon and privacy.mode is Mode.CONSORTIUM:
         raise _At(
             ("privacy", "release_epsilon"),
@@ -536,7 +549,8 @@ def describe(study: Study) -> dict[str, str]:
     else:
         protection = (
             f"one patient at one site: ε ≤ {privacy.site_epsilon:g} against the server, "
-            f"ε ≤ {privacy.release_epsilon:g} for the released model, δ {privacy.delta:.1e}"
+            f"ε ≤ {privacy.release_epsilon:g} for the released model, δ {privacy.delta:.1e}; "
+            f"{'sums are masked' if privacy.masking else 'NOT MASKED: a comparison for tests'}"
         )
     words = {
         "purpose": study.study.purpose,

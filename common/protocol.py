@@ -5,7 +5,7 @@ canonical JSON that names version, study, round, attempt, stage, kind, sender, r
 message it answers, the previous-state hash, and the body's length and SHA-256 (docs/PROTOCOL.md).
 Guarantees: what `open_message` returns was signed by the pinned key of its sender for exactly this
 place in this study; anything else ends in one named error. It does not encrypt (TLS does) and does not
-remember nonces: `NonceMemory` and the agent's durable state do.
+remember nonces: the agent's durable state does.
 """
 
 from __future__ import annotations
@@ -169,23 +169,6 @@ def open_message(data: bytes, *, keys: Mapping[str, str], expected: Expected, ma
             f"got {len(body)} bytes with hash {sha256_hex(body)[:16]}…"
         )
     return Message(header, body, sha256_hex(data))
-
-
-class NonceMemory:
-    """Refuses a nonce that was seen before in this process and study (in-memory, capped)."""
-
-    def __init__(self, capacity: int = 1 << 16) -> None:
-        self._seen: dict[tuple[str, str], None] = {}
-        self._capacity = capacity
-
-    def verify_fresh(self, header: Header) -> None:
-        """Raise MessageReplayed when sender and nonce were seen; remember them otherwise."""
-        key = (header.sender, header.nonce)
-        if key in self._seen:
-            raise MessageReplayed(f"expected a fresh nonce from {header.sender}, got one seen before")
-        self._seen[key] = None
-        if len(self._seen) > self._capacity:
-            del self._seen[next(iter(self._seen))]
 
 
 def format_header(header: Header) -> bytes:

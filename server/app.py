@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flwr.app import Context
@@ -74,7 +74,7 @@ def _run_round(
     study, round = opened.study, state.round + 1
     pending = opened.pending()
     if pending is None or pending.round != round:
-        pending = _new_attempt(opened, cohort, histories, round=round, attempt=1, clock=clock)
+        pending = _new_attempt(opened, key, cohort, histories, round=round, attempt=1, clock=clock)
     else:
         cohort.present(wait_s=study.cohort.deadline_s, at_least=len(pending.cohort))
     while True:
@@ -86,7 +86,7 @@ def _run_round(
             break
         _name_failure(opened, pending, missing, served, reason)
         pending = _new_attempt(
-            opened, cohort, histories, round=round, attempt=pending.attempt + 1, clock=clock
+            opened, key, cohort, histories, round=round, attempt=pending.attempt + 1, clock=clock
         )
 
     protected = protect(study, collected, round=round)
@@ -131,6 +131,7 @@ def _collect(attempt: Attempt) -> tuple[Collected, str]:
 
 def _new_attempt(
     opened: StudyDirectory,
+    key: SigningKey,
     cohort: Cohort,
     histories: dict[str, int],
     *,
@@ -138,7 +139,10 @@ def _new_attempt(
     attempt: int,
     clock: Clock,
 ) -> Pending:
-    """Choose the cohort of a new attempt and make its random parts durable before anything is sent."""
+    """Choose the cohort of a new attempt and make its random parts durable before anything is sent.
+
+    A site that was not ready before is greeted first; one that is not ready now stays out of this attempt.
+    """
     study = opened.study
     if attempt > study.cohort.max_attempts:
         raise RoundFailed(
@@ -146,8 +150,13 @@ def _new_attempt(
             "got no further one; see log.jsonl for the missing sites"
         )
     present = cohort.present(wait_s=study.cohort.deadline_s, at_least=study.cohort.min_sites)
+    newcomers = [site for site in present if site not in histories]
+    _greet(
+        opened, key, cohort, histories, newcomers, until_unix_s=clock() + min(60.0, study.cohort.deadline_s)
+    )
+    ready = [site for site in present if site in histories]
     pending = plan_attempt(
-        study, round=round, attempt=attempt, cohort=present, histories=histories, now_unix_s=clock()
+        study, round=round, attempt=attempt, cohort=ready, histories=histories, now_unix_s=clock()
     )
     opened.save_pending(pending)
     return pending
@@ -158,22 +167,38 @@ def _meet(opened: StudyDirectory, key: SigningKey, cohort: Cohort, clock: Clock)
     study = opened.study
     present = cohort.present(wait_s=study.cohort.deadline_s, at_least=len(study.cohort.site))
     histories: dict[str, int] = {}
-
-    def accept(site: str, reply: Message) -> None:
-        histories[site] = parse_hello(reply)
-
-    requests = {site: hello_request(key, study, site) for site in present}
-    outcome = cohort.exchange(requests, accept=accept, until_unix_s=clock() + study.cohort.deadline_s)
-    for site, reason in sorted(outcome.missing.items()):
-        opened.log("site-not-ready", site=site, reason=reason)
-        log.warning("site %s is not ready: %s", site, reason)
+    missing = _greet(opened, key, cohort, histories, present, until_unix_s=clock() + study.cohort.deadline_s)
     if len(histories) < study.cohort.min_sites:
-        reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(outcome.missing.items()))
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
         raise RoundFailed(
             f"expected at least {study.cohort.min_sites} sites ready (cohort.min_sites), "
             f"got {len(histories)}: {reasons or 'nobody connected'}"
         )
     return histories
+
+
+def _greet(
+    opened: StudyDirectory,
+    key: SigningKey,
+    cohort: Cohort,
+    histories: dict[str, int],
+    sites: Iterable[str],
+    *,
+    until_unix_s: float,
+) -> dict[str, str]:
+    """Say hello, note in `histories` how far each ready site has seen; returns who is not, and why."""
+
+    def accept(site: str, reply: Message) -> None:
+        histories[site] = parse_hello(reply)
+
+    requests = {site: hello_request(key, opened.study, site) for site in sites}
+    if not requests:
+        return {}
+    outcome = cohort.exchange(requests, accept=accept, until_unix_s=until_unix_s)
+    for site, reason in sorted(outcome.missing.items()):
+        opened.log("site-not-ready", site=site, reason=reason)
+        log.warning("site %s is not ready: %s", site, reason)
+    return outcome.missing
 
 
 def _finish(

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 
 from common.canonical import sha256_hex
 from common.config import Study
-from common.errors import FedRadError
+from common.errors import EnvelopeMalformed, FedRadError, RelayInvalid, SignatureInvalid, UnknownSender
 from common.model.lora import vector_size
 from common.protocol import SERVER, Expected, Kind, open_message, unpack_body
 from common.protocol import Message as SignedMessage
@@ -70,6 +70,7 @@ class Cohort:
         self._sleep = sleep
         self._watch = watch
         self._nodes: dict[str, int] = {}
+        self._impostors: set[tuple[str, int]] = set()
         self.traffic = Traffic()
 
     def present(self, *, wait_s: float, at_least: int) -> tuple[str, ...]:
@@ -106,6 +107,8 @@ class Cohort:
                 missing[site] = f"{error.code}: {error}"
                 if isinstance(error, NodeFailed):
                     self._nodes.pop(site, None)
+                elif isinstance(error, SignatureInvalid | EnvelopeMalformed | UnknownSender | RelayInvalid):
+                    self._impostors.add((site, self._nodes.pop(site)))  # another node may be the real one
         for site in sent.values():
             if site not in answered and site not in missing:
                 missing[site] = "no answer before the deadline"
@@ -136,7 +139,7 @@ class Cohort:
         replies = self._poll(ids, until_unix_s=self._clock() + 30.0)
         for message_id, reply in replies:
             site = _claimed_site(reply)
-            if site in self._keys:
+            if site in self._keys and (site, ids[message_id]) not in self._impostors:
                 self._nodes.setdefault(site, ids[message_id])
 
     def _push(self, envelopes: Mapping[str, tuple[str, bytes]]) -> dict[str, str]:

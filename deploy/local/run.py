@@ -60,7 +60,7 @@ def run_study_locally(
     started = time.time()
     consortium = set_up(manifest, data=data, out=out, base=base)
     study = consortium.study
-    finished = _finished_result(out, study, engine)
+    finished = _finished_result(out, study, engine, compare=compare)
     if finished is not None:
         display.say(f"{out / 'result.json'}: this study has run to its end already")
         return finished
@@ -256,7 +256,7 @@ def privacy_claim(consortium: LocalConsortium) -> dict[str, Any]:
         limits = BudgetLimits(epsilon=home.epsilon, delta=home.delta)
         summary = read_summary(home.budget_path, limits)
         claim["site_epsilon"][site] = next(
-            account.epsilon_spent for account in summary.studies if account.study == study.sha256
+            (account.epsilon_spent for account in summary.studies if account.study == study.sha256), 0.0
         )
     if study.privacy.mode is Mode.CONSORTIUM:
         records = [signed.record for signed in read_records(consortium.server)]
@@ -287,13 +287,22 @@ def _release(consortium: LocalConsortium, vector: Vector, result: dict[str, Any]
     )  # fmt: skip
 
 
-def _finished_result(out: Path, study: Study, engine: Engine) -> dict[str, Any] | None:
+def _finished_result(out: Path, study: Study, engine: Engine, *, compare: bool) -> dict[str, Any] | None:
     path = out / "result.json"
     if not path.is_file():
         return None
     result: dict[str, Any] = json.loads(path.read_text())
     if result.get("study") != study.sha256:
         raise RunDirectoryBusy(f"{path}: expected a result of this study, got one of another")
+    if result.get("engine") != engine.value:
+        raise RunDirectoryBusy(
+            f"{path}: expected a result of engine {engine.value}, got one of {result.get('engine')}; "
+            "choose another --out"
+        )
+    if compare and "pooled" not in result["metrics"]:
+        raise RunDirectoryBusy(
+            f"{path}: expected a result with comparisons, got one without; choose another --out"
+        )
     return result
 
 

@@ -474,7 +474,7 @@ def test_a_contribution_is_charged_once_however_often_it_is_asked(masked: Tape, 
 
 
 def test_an_attempt_beyond_the_spare_rounds_is_refused(tmp_path: Path, before: Before) -> None:
-    world = build(tmp_path, mode="consortium", masking=False, rounds=1, spare_rounds=0, seed=None)
+    world = build(tmp_path, mode="consortium", masking=False, rounds=1, spare_rounds=0)
     tape = record(world, SITE, tmp_path / "tape")
     agent = before(tape, Stage.CONTRIBUTE, 0)
     body_of(agent.handle(Stage.CONTRIBUTE, tape.requests[(Stage.CONTRIBUTE, 0)]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -27,7 +27,7 @@ from common.errors import (
     WrongStudy,
 )
 from common.identity import Purpose, SigningKey
-from common.protocol import Expected, Header, Kind, NonceMemory, Stage, pack_body, unpack_body
+from common.protocol import Expected, Header, Kind, Stage, pack_body, unpack_body
 
 SERVER = SigningKey.from_seed(b"s" * 32)
 SITE = SigningKey.from_seed(b"a" * 32)
@@ -91,17 +91,6 @@ def test_the_answer_to_another_request_is_refused() -> None:
     expected = Expected(study=STUDY, recipient="server", answers=sha256_hex(request(nonce="56" * 16)))
     with pytest.raises(MessageReplayed):
         opened(reply, expected)
-
-
-def test_a_nonce_seen_before_is_refused() -> None:
-    memory = NonceMemory(capacity=2)
-    header = opened(request()).header
-    memory.verify_fresh(header)
-    with pytest.raises(MessageReplayed):
-        memory.verify_fresh(header)
-    for nonce in ("aa" * 16, "bb" * 16):
-        memory.verify_fresh(replace(header, nonce=nonce))
-    memory.verify_fresh(header)  # forgotten: the memory is capped, durable state guards beyond it
 
 
 @pytest.mark.parametrize(
