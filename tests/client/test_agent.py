@@ -805,3 +805,51 @@ def test_finishing_gives_back_the_rest_of_the_budget(masked: Tape, before: Befor
     body_of(agent.handle(Stage.FINISH, masked.requests[(Stage.FINISH, 2)]))
     assert agent.home.budget_path.read_text().count('"kind":"end"') == 1
     assert not list((agent.home.directory / "state").rglob("masking/*.json"))
+
+
+# --- what the site's own data may say -----------------------------------------------------------------------
+
+
+def test_a_refusal_about_the_sites_data_says_nothing_of_it(
+    plain: Tape, before: Before, tmp_path: Path
+) -> None:
+    agent = before(plain, Stage.HELLO, 0)
+    data = tmp_path / "data"
+    shutil.copytree(agent.home.data, data)
+    image = sorted(data.rglob("*.png"))[0]
+    image.write_bytes(image.read_bytes()[:60])
+    own = tmp_path / "own"
+    shutil.copytree(agent.home.directory, own)
+    shutil.rmtree(own / "cache", ignore_errors=True)
+    broken = SiteAgent(replace(agent.home, directory=own, data=data), models=POOL, clock=Clock())
+    reply = broken.handle(Stage.HELLO, plain.requests[(Stage.HELLO, 0)])
+    broken.close()
+    body, _ = unpack_body(split_message(reply)[2], fields={"error": str, "message": str})
+    assert body["error"] == "DataInsufficient"
+    assert image.name not in body["message"] and not any(c.isdigit() for c in body["message"])
+
+
+def test_whoever_watches_progress_cannot_count_patients(plain: Tape, before: Before) -> None:
+    events: list[tuple[str, int]] = []
+    agent = before(
+        plain, Stage.CONTRIBUTE, 0, report=lambda progress: events.append((progress.stage, progress.percent))
+    )
+    assert not refusal_of(agent.handle(Stage.CONTRIBUTE, plain.requests[(Stage.CONTRIBUTE, 0)]))
+    assert events == [("contribute", 0), ("contribute", 100)]
+
+
+def test_data_that_changed_is_read_again(plain: Tape, before: Before, tmp_path: Path) -> None:
+    agent = before(plain, Stage.CONTRIBUTE, 0)
+    data = tmp_path / "data"
+    shutil.copytree(agent.home.data, data)
+    changing = SiteAgent(replace(agent.home, data=data), models=POOL, clock=Clock())
+    changing.handle(Stage.HELLO, plain.requests[(Stage.HELLO, 0)])
+    running = changing._running[plain.world.study.sha256]
+    assert running.data is not None
+    patients = running.data.patients
+    lines = (data / "pairs.jsonl").read_text().splitlines(keepends=True)
+    withdrawn = next(p for p in patients)
+    (data / "pairs.jsonl").write_text("".join(line for line in lines if f'"{withdrawn}"' not in line))
+    assert not refusal_of(changing.handle(Stage.CONTRIBUTE, plain.requests[(Stage.CONTRIBUTE, 0)]))
+    changing.close()
+    assert running.data is not None and withdrawn not in running.data.patients

@@ -176,6 +176,22 @@ def test_an_agent_that_dies_with_the_request_is_a_missing_site(make: Make) -> No
     assert "beta" in second.contributors
 
 
+def test_a_site_that_comes_after_the_start_is_greeted_and_contributes(make: Make) -> None:
+    world = make(mode="consortium", rounds=4)
+    world.away.add("beta")
+
+    def after(site: str, header: Header, reply: bytes) -> bytes:
+        if header.stage is Stage.UNMASK and header.round == 0:
+            world.away.discard("beta")
+        return reply
+
+    world.after = after
+    world.run()
+    contributors = [record.record.contributors for record in read_records(world.server)]
+    assert "beta" not in contributors[0]
+    assert "beta" in contributors[-1]
+
+
 def test_a_site_away_for_a_round_joins_the_next(make: Make) -> None:
     world = make(mode="plain", rounds=3)
 
