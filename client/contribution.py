@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from client.training import Draw, TrainingData, gradient_sum
 from common.canonical import sha256_hex
-from common.config import Mode, Study
+from common.config import Study
 from common.model.lora import Vector, group_mask
 from common.privacy.sampling import Csprng, poisson_sample, studies_of
 from common.schedule import active_groups, learning_rate
@@ -108,11 +108,6 @@ def local_update(
         norm = max(float(np.linalg.norm(gradient)), 1e-12)
         current = current - (learning_rate(study, round) * gradient / norm).astype(np.float32)
     return mean.astype(np.float32)
-
-
-def contribution_of_mode(study: Study) -> str:
-    """Name the form of what a site uploads: f32, or u32 for integers modulo 2^32."""
-    return "u32" if study.privacy.mode is Mode.CONSORTIUM else "f32"
 
 
 def _sum(

@@ -65,10 +65,9 @@ def draft_findings(
 
 
 def _base(name: str, given: Path | None) -> Path:
-    if given is not None:
-        return given
-    if name == "tiny":
-        from common.model.tiny import tiny_base_directory
+    from common.model.tiny import known_base
 
-        return tiny_base_directory()
-    raise BaseInvalid(f"--base: expected the directory of base {name!r}, got none")
+    directory = known_base(name, given)
+    if directory is None:
+        raise BaseInvalid(f"--base: expected the directory of base {name!r}, got none")
+    return directory

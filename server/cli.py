@@ -75,14 +75,11 @@ def study_sign(
     """Pin base, tensors, keys and noise, and sign: study.json and operator.sig are what sites receive."""
     from common.errors import ManifestInvalid
     from common.identity import load_key, load_or_create_key, save_key
+    from common.model.tiny import known_base
     from server.studies import resolve_study, write_study
 
     parsed = _parse(study)
-    directory = base
-    if directory is None and parsed.base.name == "tiny":
-        from common.model.tiny import tiny_base_directory
-
-        directory = tiny_base_directory()
+    directory = known_base(parsed.base.name, base)
     if directory is None:
         raise ManifestInvalid(f"--base: expected the directory of base {parsed.base.name!r}, got none")
     operator = load_or_create_key(key)

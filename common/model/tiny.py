@@ -72,6 +72,13 @@ def tiny_base_directory(cache: Path | None = None) -> Path:
     return cache
 
 
+def known_base(name: str, given: Path | None) -> Path | None:
+    """Return where a base lies: as given, or the shipped one for `tiny`; None where nobody knows."""
+    if given is None and name == "tiny":
+        return tiny_base_directory()
+    return given
+
+
 def make_tiny(
     out: Path, *, plan: Pretraining | None = None, steps: int | None = None, progress: Progress | None = None
 ) -> dict[str, list[float]]:

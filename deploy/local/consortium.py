@@ -37,13 +37,12 @@ class LocalConsortium:
 
 def base_directory(name: str, given: Path | None) -> Path:
     """Find the base that a manifest names; raises ManifestInvalid saying what to pass."""
-    if given is not None:
-        return given
-    if name == "tiny":
-        from common.model.tiny import tiny_base_directory
+    from common.model.tiny import known_base
 
-        return tiny_base_directory()
-    raise ManifestInvalid(f"base.name: expected --base DIR for base {name!r}, got none")
+    directory = known_base(name, given)
+    if directory is None:
+        raise ManifestInvalid(f"base.name: expected --base DIR for base {name!r}, got none")
+    return directory
 
 
 def set_up(manifest: Path, *, data: Path, out: Path, base: Path | None) -> LocalConsortium:
