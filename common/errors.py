@@ -527,3 +527,54 @@ class ReceiverRefused(FedRadError):
 
 class InstructionRefused(FedRadError):
     """Instruction data is unusable, or its endpoint is not on this machine."""
+
+
+# --- serving (client/serving) -----------------------------------------------------------------------------
+
+
+class EngineWorkerDied(FedRadError):
+    """The process that wrote this answer ended without finishing it, and again when it was tried alone."""
+
+
+class EngineStopped(FedRadError):
+    """The engine is stopping or could not be started; ask again later."""
+
+
+class EngineBusy(FedRadError):
+    """More questions are waiting than the engine takes; ask again later."""
+
+
+class EngineFailed(FedRadError):
+    """The engine met an error inside a question; the message names it without the question's words."""
+
+
+class GroundingUnavailable(FedRadError):
+    """This model or engine cannot say which image regions a sentence rests on."""
+
+
+class DraftUnknown(FedRadError):
+    """No draft of that id is remembered; only the latest are."""
+
+
+class GuardNotCalibrated(FedRadError):
+    """The guard has no calibration for this base from this site's own images."""
+
+
+class CanaryFailed(FedRadError):
+    """A new release did worse on the canary studies than the one in use; the switch was not made."""
+
+
+class ServingRefused(FedRadError):
+    """Serving may not start as asked: beyond loopback without TLS and users, or without a guard."""
+
+
+class RequestRefused(FedRadError):
+    """A request is malformed, or asks for something that this service does not do."""
+
+
+class NotAuthenticated(FedRadError):
+    """No valid token or client certificate came with the request."""
+
+
+class TooManyRequests(FedRadError):
+    """This user asks faster than the limit allows."""
