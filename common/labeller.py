@@ -1,8 +1,9 @@
-"""A small rule-based labeller: which of CheXpert's 14 observations an English chest report states.
+"""A small rule-based labeller: which findings an English chest report states, denies or doubts.
 
-It finds words of each observation (whole words only), then looks in the same clause for negation and doubt,
-in the manner of NegEx (Chapman et al. 2001). It is FedRad's own and is not CheXbert; scores made with it
-compare only with scores made with it.
+It finds words of each finding (`finding_words.py`; CheXpert's 14 observations or ChestX-ray14's findings),
+then looks in the same clause for negation and doubt, in the manner of NegEx (Chapman et al. 2001). It is
+FedRad's own and is not CheXbert; scores made with it compare only with scores made with it. How well it reads
+real reports: docs/evaluation.md.
 
 Guarantees: same text, same labels; flipping a negation flips the label. It does not read other languages,
 resolve references across sentences, or compare with earlier examinations.
@@ -11,8 +12,12 @@ resolve references across sentences, or compare with earlier examinations.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import Enum
 
+from common.finding_words import CHEST14_WORDS, CHEXPERT_WORDS
+
+NO_FINDING = "No Finding"
 LABELS = (
     "No Finding",
     "Enlarged Cardiomediastinum",
@@ -32,79 +37,36 @@ LABELS = (
 
 
 class Status(Enum):
-    """What a report says of one observation; absent from the result when it says nothing."""
+    """What a report says of one finding; absent from the result when it says nothing.
+
+    HEDGED is stated with reserve ("probable", "borderline", "A or B"); UNCERTAIN is only raised ("may
+    represent", "cannot be excluded").
+    """
 
     POSITIVE = "positive"
+    HEDGED = "hedged"
     UNCERTAIN = "uncertain"
     NEGATIVE = "negative"
 
 
-_HEART = (
-    r"(?:heart(?: size| shadow)?|cardiac (?:silhouette|shadow|contours?|size)|"
-    r"cardiac and mediastinal silhouettes?)"
-)
-_BIG = r"(?:enlarged|enlargement|large|big|prominent|increased|globular)"
-_DEGREE = (
-    r"(?:(?:is|are|appears?|remains?|shows?|size|was|to be|at|again|not|no longer|mildly|slightly|"
-    r"moderately|markedly|severely|borderline|top|mild|moderate|severe|marked|stably|stable|"
-    r"minimally|grossly|the|in|size|and|but|overall|significantly|definitely),? )"
-)
-_MENTIONS: dict[str, str] = {
-    "Enlarged Cardiomediastinum": (
-        r"widen(?:ed|ing) (?:of the )?(?:superior |upper )?mediastin\w+|mediastin\w+ (?:is |"
-        r"appears )?(?:not )?"
-        r"(?:mildly |slightly )?widen(?:ed|ing)|mediastinal (?:widening|enlargement)|"
-        r"enlarged (?:cardio)?mediastin\w+|"
-        r"cardiomediastinal silhouette (?:is |appears |remains )?(?:not )?(?:mildly |moderately )?enlarged"
-    ),
-    "Cardiomegaly": (
-        rf"cardiomegaly|cardiac enlargement|{_HEART} {_DEGREE}{{0,6}}{_BIG}\b|"
-        rf"(?:enlarged|enlargement of|large|increased) (?:of )?(?:the )?{_HEART}|enlarged (?:heart|cardiac)|"
-        r"(?:left |right )?ventricular (?:enlargement|prominence)"
-    ),
-    "Lung Opacity": (
-        r"opaci(?:ty|ties|fication|fications|fied)|infiltrat(?:e|es|ion|ions)|air ?-?space (?:disease|"
-        r"process)\w*|"
-        r"(?:hazy|patchy|streaky|interstitial|reticular|nodular|focal) (?:\w+ )?(?:densit(?:y|ies)|markings)|"
-        r"interstitial (?:prominence|thickening|disease)|(?:basilar|basal|lobe|lung) densit(?:y|ies)"
-    ),
-    "Lung Lesion": (
-        r"nodul(?:e|es)|fibronodular|nodular (?:\w+ )?(?:opacit(?:y|ies)|densit(?:y|ies)|lesions?|focus|"
-        r"foci)|"
-        r"(?:lung|pulmonary|cavitary|parenchymal|lobe) lesions?|mass(?:es)?|mass ?-?like|tumou?rs?|"
-        r"neoplas\w+|"
-        r"metasta\w+|malignan\w+"
-    ),
-    "Edema": r"(?:o?edema)|(?:heart failure|\bchf)|(?:pulmonary )?vascular congestion with edema",
-    "Consolidation": r"consolidat(?:ion|ions|ed|ive)",
-    "Pneumonia": r"(?:broncho)?pneumonias?|pneumoni(?:c|tis)|infectious (?:process|infiltrates?)",
-    "Atelectasis": (
-        r"atelecta\w+|(?:lobe|lobar|lung|segmental) collapse|collapse of the (?:\w+ ){0,3}(?:lobe|"
-        r"lung)|collapsed lung"
-    ),
-    "Pneumothorax": r"(?:hydro)?pneumothora(?:x|ces|cis|xes)",
-    "Pleural Effusion": (
-        r"(?<!pericardial )(?<!joint )effusions?|pleural fluid|(?:hydro|hemo)thorax|"
-        r"fluid in the (?:\w+ )?pleural spaces?"
-    ),
-    "Pleural Other": (
-        r"pleural (?:\w+ )?(?:thickening|scar\w*|plaques?|calcification|fibrosis)|"
-        r"pleural ?(?:and )?(?:parenchymal)? scarring|apical (?:\w+ )?(?:cap|capping|thickening)|"
-        r"thickening of the (?:\w+ )?pleura|fibrothorax"
-    ),
-    "Fracture": r"fractur(?:e|es|ed)",
-    "Support Devices": (
-        r"pacemakers?|pacing (?:device|leads?|wires?)|pacer|defibrillator|\baicd|\bicd|picc|port-?a-?cath|"
-        r"mediport|"
-        r"(?:infusion|chest|chemo) ports?|catheters?|(?:central|jugular|subclavian|"
-        r"venous) (?:venous )?lines?|"
-        r"(?:endotracheal|tracheostomy|nasogastric|orogastric|enteric|feeding|chest|thoracostomy|\bet|"
-        r"\bng|\bog) "
-        r"tubes?|support devices?|stents?|(?:sternotomy|sternal|epicardial|median sternotomy) wires?|"
-        r"(?:surgical|vascular) clips?|prosthe(?:sis|tic valve)|valve replacement|balloon pump"
-    ),
+_ORDER = (Status.NEGATIVE, Status.UNCERTAIN, Status.HEDGED, Status.POSITIVE)
+
+
+class Vocabulary(Enum):
+    """Whose findings are looked for."""
+
+    CHEXPERT = "chexpert"
+    CHEST14 = "chest14"
+
+
+def _compiled(words: Mapping[str, str]) -> dict[str, re.Pattern[str]]:
+    return {label: re.compile(rf"\b(?:{pattern})(?!\w)") for label, pattern in words.items()}
+
+
+_FOUND = {
+    Vocabulary.CHEXPERT: _compiled(CHEXPERT_WORDS),
+    Vocabulary.CHEST14: _compiled(CHEST14_WORDS),
 }
-_FOUND = {label: re.compile(rf"\b(?:{pattern})(?!\w)") for label, pattern in _MENTIONS.items()}
 
 _NEGATION = re.compile(
     r"\b(?:no|not|without|none|never|neither|nor|negative for|free of|clear of|absence of|absent|rather than|"
@@ -123,20 +85,24 @@ _NEGATION_AFTER = re.compile(
     r"resolved|unlikely|"
     r"no longer (?:seen|present|visible)|absent)\b"
 )
-_DOUBT = re.compile(
-    r"\b(?:may|might|could|possibl[ey]|possibility|probabl[ey]|likely|suspected|suspicious|suspect|"
-    r"question\w*|versus|"
-    r"vs|cannot|can not|concern\w*|suggest\w*|differential|borderline|equivocal|if|consider\w*|or)\b"
+_RAISED = re.compile(
+    r"\b(?:may|might|could|possibility|suspicious|question\w*|cannot|can not|concern\w*|suggest\w*|"
+    r"differential|equivocal|if|consider\w*|correlate\w*)\b"
 )
-_DOUBT_AFTER = re.compile(
-    r"^[^,]{0,40}?\b(?:cannot|can not|could not|not) (?:\w+ )?(?:be )?(?:excluded|ruled out)|"
-    r"^[^,]{0,25}?\b(?:possible|suspected|questioned|is considered|versus|vs)\b"
+_RAISED_AFTER = re.compile(
+    r"^[^,]{0,40}?\b(?:(?:cannot|can not|could not|not) (?:\w+ )?(?:be )?(?:excluded|ruled out)|questioned|"
+    r"(?:is|are) considered)\b"
 )
+_HEDGE = re.compile(
+    r"\b(?:possibl[ey]|probabl[ey]|likely|suspected|suspect|presumed|versus|vs|borderline|or)\b"
+)
+_HEDGE_AFTER = re.compile(r"^[^,]{0,25}?\b(?:possible|probable|suspected|versus|vs)\b")
 _SENTENCE = re.compile(r"(?<!\d)\.+(?=\s|$)|\.(?=\s+[a-z])|[;!?\n]+|(?<=\d)\.(?=\s|$)")
 _BREAK = re.compile(
     r"\b(?:but|however|although|though|except|aside from|apart from|other than|otherwise|whereas|"
     r"there (?:is|are|has)|"
-    r"which|with (?:persistent|stable|associated|adjacent|small|mild|minimal|moderate|large))\b|:"
+    r"which|(?<!compatible )(?<!consistent )with (?:persistent|stable|associated|adjacent|small|mild|minimal|"
+    r"moderate|large))\b|:"
 )
 _FRESH = re.compile(
     r"^\s*(?!(?:or|and|nor)\b)(?:\w+ )?(?:\w+ )?(?:small|mild|minimal|moderate|severe|trace|tiny|"
@@ -146,32 +112,37 @@ _FRESH = re.compile(
 )
 
 
-def label_report(text: str) -> dict[str, Status]:
-    """Label a report: observation to status, only those it speaks of, "No Finding" if all absent."""
+def label_report(text: str, vocabulary: Vocabulary = Vocabulary.CHEXPERT) -> dict[str, Status]:
+    """Label a report: finding to status, only those it speaks of.
+
+    With CheXpert's words, "No Finding" is positive where every other but support devices is absent.
+    """
     said: dict[str, Status] = {}
     for sentence in _SENTENCE.split(_normal(text)):
-        for label, status in _label_sentence(sentence):
+        for label, status in _label_sentence(sentence, vocabulary):
             said[label] = _stronger(said.get(label), status)
     ill = [
         label
         for label, status in said.items()
         if status is not Status.NEGATIVE and label != "Support Devices"
     ]
-    if not ill:
-        said["No Finding"] = Status.POSITIVE
+    if not ill and vocabulary is Vocabulary.CHEXPERT:
+        said[NO_FINDING] = Status.POSITIVE
     return said
 
 
-def present_findings(text: str, *, uncertain: bool = True) -> frozenset[str]:
-    """Observations a report holds for present, doubtful ones included unless told otherwise."""
-    wanted = {Status.POSITIVE, Status.UNCERTAIN} if uncertain else {Status.POSITIVE}
-    return frozenset(label for label, status in label_report(text).items() if status in wanted)
+def present_findings(
+    text: str, vocabulary: Vocabulary = Vocabulary.CHEXPERT, *, least: Status = Status.UNCERTAIN
+) -> frozenset[str]:
+    """Findings that a report holds for present; those only raised are among them unless `least` is higher."""
+    wanted = _ORDER[_ORDER.index(least) :]
+    return frozenset(label for label, status in label_report(text, vocabulary).items() if status in wanted)
 
 
-def _label_sentence(sentence: str) -> list[tuple[str, Status]]:
+def _label_sentence(sentence: str, vocabulary: Vocabulary) -> list[tuple[str, Status]]:
     return [
         (label, _status(sentence, match.start(), match.end()))
-        for label, pattern in _FOUND.items()
+        for label, pattern in _FOUND[vocabulary].items()
         for match in pattern.finditer(sentence)
     ]
 
@@ -186,10 +157,12 @@ def _status(sentence: str, start: int, end: int) -> Status:
     masked = _FALSE_NEGATION.sub(lambda m: "~" * len(m.group()), before)
     negated = any(_reaches(masked, cue.end()) for cue in _NEGATION.finditer(masked))
     negated = negated or re.search(r"\b(?:not|no longer)\b", inside) is not None
-    if negated or (_NEGATION_AFTER.search(after) and not _DOUBT_AFTER.search(after)):
+    if negated or (_NEGATION_AFTER.search(after) and not _RAISED_AFTER.search(after)):
         return Status.NEGATIVE
-    if _DOUBT.search(before) or _DOUBT_AFTER.search(after) or "borderline" in inside:
+    if _RAISED.search(before) or _RAISED_AFTER.search(after):
         return Status.UNCERTAIN
+    if _HEDGE.search(before) or _HEDGE_AFTER.search(after) or "borderline" in inside:
+        return Status.HEDGED
     return Status.POSITIVE
 
 
@@ -202,8 +175,7 @@ def _reaches(before: str, cue_end: int) -> bool:
 
 
 def _stronger(one: Status | None, other: Status) -> Status:
-    order = (Status.NEGATIVE, Status.UNCERTAIN, Status.POSITIVE)
-    return other if one is None else max(one, other, key=order.index)
+    return other if one is None else max(one, other, key=_ORDER.index)
 
 
 def _normal(text: str) -> str:
