@@ -23,7 +23,7 @@ def canonical_json(value: Any) -> bytes:
     try:
         encoded: bytes = rfc8785.dumps(value)
         return encoded
-    except rfc8785.CanonicalizationError as error:
+    except (rfc8785.CanonicalizationError, UnicodeEncodeError, RecursionError) as error:
         raise NotCanonical(f"value cannot be encoded as canonical JSON: {error}") from error
 
 
@@ -33,7 +33,7 @@ def parse_canonical(data: bytes, *, max_bytes: int) -> Any:
         raise BodyTooLarge(f"expected at most {max_bytes} bytes of JSON, got {len(data)}")
     try:
         value = json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # UTF-8, syntax, whole numbers over 4,300 digits, depth
         raise NotCanonical(f"expected canonical JSON, got {type(error).__name__}") from error
     if canonical_json(value) != data:
         raise NotCanonical("expected canonical JSON (RFC 8785), got another encoding of the same value")
