@@ -38,9 +38,7 @@ class ModelVersion:
     def label(self) -> str:
         """One line for people and headers."""
         privacy = "no ε" if self.release_epsilon is None else f"ε {self.release_epsilon:.2f}"
-        return (
-            f"{self.study_id} v{self.version} round {self.round} ({privacy}) adapter {self.adapter_sha256[:12]}"
-        )
+        return f"{self.study_id} v{self.version} round {self.round} ({privacy}) adapter {self.adapter_sha256[:12]}"
 
 
 @dataclass(frozen=True, slots=True)
