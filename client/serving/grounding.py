@@ -1,4 +1,4 @@
-"""Where on the image each written token rests: gradient-weighted attention from the tokens to the image tokens.
+"""Where on the image each written token rests: gradient-weighted attention to the image tokens.
 
 One teacher-forced pass over the finished draft, forward and backward: for every attention head of the later
 half of the layers, the attention that the row which predicts a token pays to an image token, times the
@@ -82,7 +82,7 @@ def image_attention(
 def span_map(attention: Map, *, first_token: int, end_token: int) -> Map:
     """Add up the tokens of a word or sentence and sharpen by squaring: float32 [N], sums to 1.
 
-    Where nothing rests on the image the map is even. Raises GroundingUnavailable for tokens that are not there.
+    Where nothing rests on the image the map is even. Raises GroundingUnavailable for tokens out of range.
     """
     if not 0 <= first_token < end_token <= len(attention):
         raise GroundingUnavailable(
@@ -93,7 +93,7 @@ def span_map(attention: Map, *, first_token: int, end_token: int) -> Map:
     mass = float(squared.sum())
     if mass <= 0:
         return np.full(attention.shape[1], 1 / attention.shape[1], np.float32)
-    return (squared / mass).astype(np.float32)
+    return np.asarray(squared / mass, dtype=np.float32)
 
 
 def grid_side(image_tokens: int) -> int:
@@ -105,7 +105,7 @@ def grid_side(image_tokens: int) -> int:
 
 
 def picture_box(processor: ImageProcessor, *, width: int, height: int) -> tuple[float, float, float, float]:
-    """Say what part of a picture the patch grid covers: left, top, right, bottom as fractions of its sides."""
+    """Say what part of a picture the patches cover: left, top, right, bottom as fractions of its sides."""
     if processor.crop is None:
         return 0.0, 0.0, 1.0, 1.0
     wide, tall = processor.width, processor.height

@@ -29,7 +29,7 @@ SIDED = frozenset({"Pleural Effusion", "Pneumothorax", "Lung Opacity", "Lung Les
 
 @dataclass(frozen=True)
 class Case:
-    """One sentence: its finding, the true side, what the draft said, the true region and the overlay [16, 16]."""
+    """One sentence: its finding, the true side, what the draft said, true region and overlay [16, 16]."""
 
     label: str
     side: str

@@ -1,4 +1,4 @@
-"""Grounding: shapes and refusals, that the model is left alone, and that it finds findings whose place is known."""
+"""Grounding: shapes and refusals, the model is left alone, and findings of known place are found."""
 
 import subprocess
 import sys
