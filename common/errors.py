@@ -578,3 +578,49 @@ class NotAuthenticated(FedRadError):
 
 class TooManyRequests(FedRadError):
     """This user asks faster than the limit allows."""
+
+
+# --- enrolment and deployment (common/enrolment, server/authority, deploy/server, deploy/site) -------------
+
+
+class EnrolmentInvalid(FedRadError):
+    """An enrolment request, bundle or site request is malformed or lacks a proof of possession."""
+
+
+class FingerprintMismatch(FedRadError):
+    """The fingerprint that was read out on the telephone is not that of the file."""
+
+
+class SiteNotEnrolled(FedRadError):
+    """A site is not in the operator's registry, or this machine holds no enrolment."""
+
+
+class SiteRevoked(FedRadError):
+    """The operator has revoked this site."""
+
+
+class CertificateInvalid(FedRadError):
+    """A certificate or key of the consortium is missing, expired, of another kind or signed by another."""
+
+
+class ClockSkewed(FedRadError):
+    """The clocks of site and server differ by more than the consortium tolerates."""
+
+
+class ServerUnreachable(FedRadError):
+    """The server cannot be reached: name, route, proxy or certificate; the message says which."""
+
+
+class ConsortiumInvalid(FedRadError):
+    """The operator's directory is missing, incomplete or has a wrong field."""
+
+
+class StudyNotReady(FedRadError):
+    """A study has not been approved by all its sites, or one of them is not enrolled."""
+
+
+# --- bases (common/model/convert, client/base_cli) ---------------------------------------------------------
+
+
+class ConversionRefused(FedRadError):
+    """A foreign checkpoint holds what its kind does not, lacks what it needs, or could carry code."""

@@ -31,6 +31,8 @@ class Purpose(StrEnum):
     RELEASE = "fedrad/v1/release"
     ENTRY = "fedrad/v1/entry"
     CONTRIBUTION = "fedrad/v1/contribution"
+    ENROLMENT = "fedrad/v1/enrolment"
+    SITE_REQUEST = "fedrad/v1/site-request"
 
 
 @dataclass(frozen=True)
