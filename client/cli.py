@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from client import enrolment_cli
 from client.data.cli import app as data_app
 from client.release_cli import access_app, model_app
 from common.terminal import answer, bars, run_program
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="A hospital's side of FedRad.", no_args_is_help=True)
 study_app = typer.Typer(help="Studies offered to this site.", no_args_is_help=True)
+enrolment_cli.mount(app)
 app.add_typer(study_app, name="study")
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
@@ -38,42 +40,6 @@ _DEFAULT_HOME = Path("~/.fedrad-site").expanduser()
 @app.callback()
 def site() -> None:
     """A hospital's side of FedRad; images, reports and keys stay here."""
-
-
-@app.command()
-def enrol(
-    site: Annotated[str, typer.Argument(help="This site's id in manifests, such as north-clinic.")],
-    operator_key: Annotated[str, typer.Option("--operator-key", help="The operator's public key, 64 hex.")],
-    data: Annotated[Path, typer.Option("--data", help="Prepared data folder (fedrad-site data import).")],
-    home: Home = _DEFAULT_HOME,
-    base: Annotated[list[str] | None, typer.Option("--base", help="NAME=DIR of a base model.")] = None,
-    epsilon: Annotated[float, typer.Option(help="ε that this site allows one patient, all studies.")] = 20.0,
-    delta: Annotated[float, typer.Option(help="At this δ.")] = 1e-5,
-    as_json: Json = False,
-) -> None:
-    """Make this site's directory and keys, and print the key's fingerprint for the telephone."""
-    from client.home import SiteHomeInvalid, create_home
-    from common.identity import fingerprint
-    from common.model.tiny import tiny_base_directory
-
-    bases = {"tiny": tiny_base_directory()}
-    for entry in base or []:
-        name, separator, directory = entry.partition("=")
-        if not separator:
-            raise SiteHomeInvalid(f"--base: expected NAME=DIR, got {entry!r}")
-        bases[name] = Path(directory)
-    made = create_home(
-        home, site=site, operator_key=operator_key, data=data, bases=bases, epsilon=epsilon, delta=delta
-    )
-    public = made.message_key().public
-    value = {"site": site, "home": str(home), "message_key": public, "fingerprint": fingerprint(public)}
-    answer(
-        value,
-        as_json=as_json,
-        text=lambda: (
-            f"site {site}: {home}\nmessage key  {public}\nread this to the operator: {value['fingerprint']}"
-        ),
-    )
 
 
 @study_app.command("receive")

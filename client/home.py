@@ -4,6 +4,7 @@
     budget.jsonl         the privacy ledger (client/budget.py)
     keys/message.key     Ed25519, signs protocol messages and approvals (0600)
     keys/witness.key     Ed25519, cosigns the ledger's checkpoints (0600)
+    keys/tls.key node.key  enrolment.json  tls/   what makes the connection (client/enrolment.py)
     studies/<sha256>/    study.json, operator.sig, approval.sig or refusal.json
     state/<sha256>/      what the agent has served (client/state.py)
     cache/               vision features
@@ -39,7 +40,8 @@ class SiteHomeInvalid(FedRadError):
 class SiteHome:
     """Paths and settings of one site; `bases` maps a base's name in manifests to its directory.
 
-    `epsilon` and `delta` are what the site allows in total, over all studies, for one patient.
+    `epsilon` and `delta` are what the site allows in total, over all studies, for one patient. `credentials`
+    is systemd's credential directory: a key that lies there as `fedrad-NAME` is read from there.
     """
 
     directory: Path
@@ -49,6 +51,7 @@ class SiteHome:
     bases: dict[str, Path]
     epsilon: float = 20.0
     delta: float = 1e-5
+    credentials: Path | None = None
 
     @property
     def budget_path(self) -> Path:
@@ -56,11 +59,16 @@ class SiteHome:
 
     @property
     def key_path(self) -> Path:
-        return self.directory / "keys" / "message.key"
+        return self.key_file("message.key")
 
     @property
     def witness_key_path(self) -> Path:
-        return self.directory / "keys" / "witness.key"
+        return self.key_file("witness.key")
+
+    def key_file(self, name: str) -> Path:
+        """Return where a private key lies: among systemd's credentials, or in `keys/`."""
+        credential = self.credentials / f"fedrad-{name}" if self.credentials else None
+        return credential if credential and credential.is_file() else self.directory / "keys" / name
 
     def witness_key(self) -> SigningKey:
         return load_key(self.witness_key_path)
@@ -115,8 +123,11 @@ def create_home(
     return home
 
 
-def open_home(directory: Path) -> SiteHome:
-    """Read a site's directory; raises SiteHomeInvalid naming file and field."""
+def open_home(directory: Path, *, credentials: Path | None = None) -> SiteHome:
+    """Read a site's directory; raises SiteHomeInvalid naming file and field.
+
+    The operator's key is empty until the operator's bundle is installed (client/enrolment.py).
+    """
     path = directory / "site.json"
     try:
         value = json.loads(path.read_text())
@@ -133,7 +144,7 @@ def open_home(directory: Path) -> SiteHome:
     for name in ("site", "data"):
         if not isinstance(value[name], str) or not value[name]:
             raise SiteHomeInvalid(f"{path}: {name}: expected text, got {value[name]!r}")
-    if not re.fullmatch(r"[0-9a-f]{64}", str(value["operator_key"])):
+    if not re.fullmatch(r"(?:[0-9a-f]{64})?", str(value["operator_key"])):
         raise SiteHomeInvalid(f"{path}: operator_key: expected 64 hex digits")
     if not isinstance(value["bases"], dict):
         raise SiteHomeInvalid(f"{path}: bases: expected a table of directories by name")
@@ -145,6 +156,7 @@ def open_home(directory: Path) -> SiteHome:
         {str(name): Path(str(path)) for name, path in value["bases"].items()},
         float(value["epsilon"]),
         float(value["delta"]),
+        credentials,
     )
 
 
@@ -219,6 +231,11 @@ def read_approved_study(home: SiteHome, sha256: str) -> Study:
             f"{sha256[:12]}`, then approve or refuse it"
         ) from error
     return study
+
+
+def read_approval(home: SiteHome, study: Study) -> bytes:
+    """Return this site's 64-byte signature of an approved study's manifest."""
+    return bytes.fromhex((home.study_directory(study.sha256) / "approval.sig").read_text().strip())
 
 
 def list_studies(home: SiteHome) -> list[str]:

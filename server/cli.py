@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from common.terminal import answer, run_program
+from server import enrolment_cli
 from server.release_cli import audit_app, release_app
 
 app = typer.Typer(help="The operator's side of FedRad.", no_args_is_help=True)
 study_app = typer.Typer(help="Make, check and sign study manifests.", no_args_is_help=True)
+enrolment_cli.mount(app)
 app.add_typer(study_app, name="study")
 app.add_typer(release_app, name="release")
 app.add_typer(audit_app, name="audit")

@@ -1,0 +1,201 @@
+"""`fedrad-site enrol`, `renew` and `rotate`: keys, the request to the operator, and the operator's answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from common.terminal import answer
+
+if TYPE_CHECKING:
+    from client.home import SiteHome
+    from common.enrolment import EnrolmentRequest
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Home = Annotated[Path, typer.Option("--home", envvar="FEDRAD_SITE_HOME", help="This site's directory.")]
+_DEFAULT_HOME = Path("~/.fedrad-site").expanduser()
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands of enrolment to `fedrad-site`."""
+    app.command()(enrol)
+    app.command()(renew)
+    app.command()(rotate)
+
+
+def enrol(
+    site: Annotated[str | None, typer.Argument(help="This site's id, such as north-clinic.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Prepared data folder (fedrad-site data import).")
+    ] = None,
+    home: Home = _DEFAULT_HOME,
+    operator_key: Annotated[
+        str | None,
+        typer.Option("--operator-key", help="The operator's public key, 64 hex; else the bundle brings it."),
+    ] = None,
+    base: Annotated[list[str] | None, typer.Option("--base", help="NAME=DIR of a base model.")] = None,
+    epsilon: Annotated[float, typer.Option(help="ε that this site allows one patient, all studies.")] = 20.0,
+    delta: Annotated[float, typer.Option(help="At this δ.")] = 1e-5,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="The operator's answer: install it.")
+    ] = None,
+    operator: Annotated[
+        str | None,
+        typer.Option("--operator", help="The operator's fingerprint, as read to you on the telephone."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make this site's keys and request; later, with --bundle, install the operator's answer."""
+    if bundle is not None:
+        _install(home, bundle, operator, as_json=as_json)
+        return
+    if site is None or data is None:
+        raise typer.BadParameter("expected SITE and --data, or --bundle FILE")
+    from client.enrolment import REQUEST_NAME, request_enrolment, utc_now
+    from client.home import SiteHomeInvalid, create_home, open_home
+    from common.enrolment import fingerprint_of
+    from common.model.tiny import tiny_base_directory
+
+    bases = {"tiny": tiny_base_directory()}
+    for entry in base or []:
+        name, separator, directory = entry.partition("=")
+        if not separator:
+            raise SiteHomeInvalid(f"--base: expected NAME=DIR, got {entry!r}")
+        bases[name] = Path(directory)
+    if operator_key is None:
+        operator_key = open_home(home).operator_key if (home / "site.json").is_file() else ""
+    made = create_home(
+        home, site=site, operator_key=operator_key, data=data, bases=bases, epsilon=epsilon, delta=delta
+    )
+    request = request_enrolment(made, software=_software(), now=utc_now())
+    value = {
+        "site": site,
+        "home": str(home),
+        "message_key": request.keys.message_key,
+        "request": str(home / REQUEST_NAME),
+        "fingerprint": fingerprint_of(request.keys),
+    }
+    answer(
+        value,
+        as_json=as_json,
+        text=lambda: (
+            f"site {site}: {home}\nsend this to the operator:  {value['request']}\n"
+            f"and read on the telephone:  {value['fingerprint']}"
+        ),
+    )
+
+
+def renew(
+    home: Home = _DEFAULT_HOME,
+    out: Annotated[Path, typer.Option("--out", help="The request to write.")] = Path("renewal-request.json"),
+    as_json: Json = False,
+) -> None:
+    """Write a renewal request to a file; `fedrad-site up` renews by itself where it reaches the server."""
+    import secrets
+
+    from client.enrolment import renewal_request, utc_now
+    from client.home import open_home
+    from common.enrolment import format_site_request
+    from common.files import write_atomic
+
+    opened = open_home(home)
+    request = renewal_request(opened, now=utc_now(), nonce=secrets.token_hex(16))
+    write_atomic(out, format_site_request(request))
+    value = {"site": opened.site, "request": str(out)}
+    answer(
+        value, as_json=as_json, text=lambda: f"send {out} to the operator, then `fedrad-site enrol --bundle`"
+    )
+
+
+def rotate(
+    home: Home = _DEFAULT_HOME,
+    message_keys: Annotated[
+        bool, typer.Option("--message-keys", help="New message and witness keys too; running studies end.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make new TLS and node keys and the request to use them; the old ones serve until the answer is in."""
+    from client.enrolment import REQUEST_NAME, request_rotation, utc_now
+    from client.home import open_home
+
+    opened = open_home(home)
+    request = request_rotation(opened, software=_software(), now=utc_now(), message_keys=message_keys)
+    value = _request_value(opened, request, home / REQUEST_NAME)
+    answer(
+        value,
+        as_json=as_json,
+        text=lambda: (
+            f"changes: {', '.join(value['changes'])}\nsend this to the operator:  {value['request']}\n"
+            f"and read on the telephone:  {value['fingerprint']}"
+        ),
+    )
+
+
+def _install(home: Path, path: Path, operator: str | None, *, as_json: bool) -> None:
+    from dataclasses import replace
+
+    from client.enrolment import install_bundle, verify_operator
+    from client.home import create_home, open_home
+    from common.enrolment import parse_bundle
+    from common.errors import EnrolmentInvalid
+
+    opened = open_home(home)
+    try:
+        signed = parse_bundle(path.read_bytes())
+    except OSError as error:
+        raise EnrolmentInvalid(f"{path}: expected the operator's bundle, got none") from error
+    if operator is not None:
+        verify_operator(signed, fingerprint_read_out=operator)
+        if not opened.operator_key:
+            opened = replace(opened, operator_key=signed.bundle.operator_key)
+    if not opened.operator_key:
+        raise EnrolmentInvalid(
+            "expected --operator FINGERPRINT, which the operator reads to you on the telephone "
+            "(`fedrad-server show`), got none"
+        )
+    enrolled = install_bundle(opened, signed)
+    create_home(
+        home,
+        site=opened.site,
+        operator_key=opened.operator_key,
+        data=opened.data,
+        bases=opened.bases,
+        epsilon=opened.epsilon,
+        delta=opened.delta,
+    )
+    value = {
+        "site": opened.site,
+        "consortium": enrolled.consortium,
+        "server": enrolled.address,
+        "not_after": enrolled.not_after.isoformat(),
+    }
+    answer(
+        value,
+        as_json=as_json,
+        text=lambda: (
+            f"site {opened.site} is enrolled in {enrolled.consortium}; server {enrolled.address}; "
+            f"certificate until {enrolled.not_after:%Y-%m-%d %H:%M} UTC, renewed by `fedrad-site up`"
+        ),
+    )
+
+
+def _request_value(home: SiteHome, request: EnrolmentRequest, path: Path) -> dict[str, Any]:
+    from common.enrolment import fingerprint_of
+
+    return {
+        "site": home.site,
+        "request": str(path),
+        "changes": [rotation.use.value for rotation in request.rotations],
+        "fingerprint": fingerprint_of(request.keys),
+    }
+
+
+def _software() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"fedrad {version('fedrad')}"
+    except PackageNotFoundError:
+        return "fedrad 0-source"
