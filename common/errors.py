@@ -160,7 +160,23 @@ class DeadlinePassed(FedRadError):
 
 
 class PeerRefused(FedRadError):
-    """A process other than the agent's own peer connected to its socket, or a second one did."""
+    """A process of another user or group connected to the agent's socket, or one more than may."""
+
+
+class PeerTooSlow(FedRadError):
+    """A process on the agent's socket sends nothing, or so slowly that it holds the place of others."""
+
+
+class TooFrequent(FedRadError):
+    """A process on the agent's socket connects or asks more often than it may."""
+
+
+class SocketInvalid(FedRadError):
+    """The agent's socket lies where others can write or its group cannot enter, or cannot be made."""
+
+
+class BaseWritable(FedRadError):
+    """A base model can be changed by others than the agent's own user."""
 
 
 class AgentUnavailable(FedRadError):
@@ -624,3 +640,18 @@ class StudyNotReady(FedRadError):
 
 class ConversionRefused(FedRadError):
     """A foreign checkpoint holds what its kind does not, lacks what it needs, or could carry code."""
+
+
+# --- worklist and page (client/serving/worklist, client/serving/page) --------------------------------------
+
+
+class CaseUnknown(FedRadError):
+    """The worklist holds no case of that id."""
+
+
+class CaseDecided(FedRadError):
+    """A reader has accepted or rejected this case's draft; a decision is not changed."""
+
+
+class SignOffInvalid(FedRadError):
+    """An accepted text or a reason is missing or too long."""
