@@ -34,12 +34,14 @@ class LoopbackTls:
     key: Path
 
 
-def write_loopback_tls(directory: Path, *, now: datetime.datetime) -> LoopbackTls:
+def write_loopback_tls(
+    directory: Path, *, now: datetime.datetime, lifetime: datetime.timedelta = _LIFETIME
+) -> LoopbackTls:
     """Write a fresh authority and a server certificate for localhost and 127.0.0.1."""
     authority_key = ec.generate_private_key(ec.SECP384R1())
     authority_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "FedRad local engine")])
     authority = (
-        _certificate(authority_name, authority_name, authority_key, authority_key.public_key(), now)
+        _certificate(authority_name, authority_name, authority_key, authority_key.public_key(), now, lifetime)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .sign(authority_key, hashes.SHA384())
@@ -51,7 +53,7 @@ def write_loopback_tls(directory: Path, *, now: datetime.datetime) -> LoopbackTl
         x509.IPAddress(ipaddress.IPv4Address("127.0.0.1")),
     ]
     server = (
-        _certificate(server_name, authority_name, authority_key, server_key.public_key(), now)
+        _certificate(server_name, authority_name, authority_key, server_key.public_key(), now, lifetime)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -85,6 +87,7 @@ def _certificate(
     issuer_key: ec.EllipticCurvePrivateKey,
     public_key: ec.EllipticCurvePublicKey,
     now: datetime.datetime,
+    lifetime: datetime.timedelta,
 ) -> x509.CertificateBuilder:
     issuer_identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
     return (
@@ -94,7 +97,7 @@ def _certificate(
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _BACKDATE)
-        .not_valid_after(now + _LIFETIME)
+        .not_valid_after(now + lifetime)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(issuer_identifier, critical=False)
     )

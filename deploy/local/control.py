@@ -23,7 +23,9 @@ from flwr.proto.control_pb2 import (
     ListRunsRequest,
     RegisterNodeRequest,
     StartRunRequest,
+    StopRunRequest,
     StreamLogsRequest,
+    UnregisterNodeRequest,
 )
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
@@ -83,6 +85,18 @@ class Control:
         except httpx.HTTPError:
             return set()
         return {int(node.node_id) for node in nodes if node.status == "online"}
+
+    def nodes(self) -> dict[int, bytes]:
+        """Return the registered nodes: id to public key in PEM."""
+        nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return {int(node.node_id): bytes(node.public_key) for node in nodes if node.status != "unregistered"}
+
+    def unregister_node(self, node_id: int) -> None:
+        """Put a node out: from now on its key opens nothing."""
+        self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+
+    def stop_run(self, run_id: int) -> None:
+        self._client.StopRun(StopRunRequest(run_id=run_id))
 
     def start_run(self, fab_directory: Path, run_config: Mapping[str, str | int | float | bool]) -> int:
         """Bundle the FAB, start a run with it and return the run id."""

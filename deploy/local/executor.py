@@ -4,6 +4,9 @@ Flower's `flower-superexec` starts `flwr-clientapp` anew per message, about two 
 nursery process does the imports once and forks; the child runs Flower's own `run_clientapp` for one message
 and ends, so a message still has a process of its own.
 
+With `--app client.app:app` that app serves every message, whatever bundle the server names: no code that the
+server sent is unpacked or run.
+
 Guarantees: the nursery and its children never hold the SuperExec secret, which is read after the nursery
 has been forked off; a child gets the token of its one task. It serves no other kind of task.
 """
@@ -42,9 +45,12 @@ def main() -> None:
     parser.add_argument(
         "--preload", action="append", default=[], metavar="MODULE", help="import before forking"
     )
+    parser.add_argument("--app", metavar="MODULE:NAME", help="the only ClientApp that may run")
     arguments = parser.parse_args()
     for module in arguments.preload:
         importlib.import_module(module)
+    if arguments.app:
+        _pin_app(arguments.app)
     authority = arguments.root_certificates.read_bytes()
     nursery, tokens = _start_nursery(arguments.runtime_api_address, authority)
     _serve(
@@ -83,6 +89,16 @@ def _serve(
                 os.write(tokens, response.token.encode("ascii") + b"\n")
         time.sleep(poll_s)
     sys.exit("the process that forks ClientApps has ended")
+
+
+def _pin_app(reference: str) -> None:
+    """Make Flower load the installed app for every bundle, and unpack none."""
+    from flwr.supernode.runtime import run_clientapp as runner
+
+    module, _, name = reference.partition(":")
+    app = getattr(importlib.import_module(module), name)
+    runner.install_from_fab = lambda *_, **__: None
+    runner.get_load_client_app_fn = lambda *_, **__: lambda *_: app
 
 
 def _start_nursery(address: str, authority: bytes) -> tuple[int, int]:

@@ -43,7 +43,7 @@ _END_GRACE_S = 5.0
 _LOG_FAILURES = 5
 _LOG_WAIT_S = 20.0
 _SERVERAPP = "flwr-serverapp"
-_PRELOAD = ("client.app", "client.service", "common.protocol")
+PRELOAD = ("client.app", "client.service", "common.protocol")
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _AGENT = re.compile(r"unix:///[^\"'\\\x00-\x1f\x7f]+")
 
@@ -204,7 +204,7 @@ class _Start:
         self.tls: LoopbackTls = write_loopback_tls(directory / "tls", now=datetime.datetime.now(datetime.UTC))
         self._secret = directory / "keys" / "superexec.secret"
         write_atomic(self._secret, secrets.token_bytes(32), mode=0o600)
-        self.address = f"{_HOST}:{_free_port()}"
+        self.address = f"{_HOST}:{free_port()}"
 
     def superlink(self) -> None:
         """Start the SuperLink."""
@@ -212,7 +212,7 @@ class _Start:
         state.mkdir()
         self._start(
             "superlink",
-            _program("flower-superlink"),
+            flower_program("flower-superlink"),
             *("--ssl-ca-certfile", str(self.tls.authority)),
             *("--ssl-certfile", str(self.tls.certificate), "--ssl-keyfile", str(self.tls.key)),
             *("--host", _HOST, "--port", self.address.rpartition(":")[2]),
@@ -223,15 +223,15 @@ class _Start:
 
     def superexec(self) -> None:
         """Start what runs ServerApps; the SuperLink must answer."""
-        self._start("superexec", _program("flower-superexec"), *self._superexec_arguments(self.address))
+        self._start("superexec", flower_program("flower-superexec"), *self._superexec_arguments(self.address))
 
     def superexec_of(self, site: str) -> str:
         """Start what runs a site's ClientApps; return the address where it looks for the SuperNode."""
-        runtime = f"{_HOST}:{_free_port()}"
-        program: tuple[str, ...] = (_program("flower-superexec"),)
+        runtime = f"{_HOST}:{free_port()}"
+        program: tuple[str, ...] = (flower_program("flower-superexec"),)
         if self._tuning.fork_client_apps:
             options = ["--poll-s", str(self._tuning.task_poll_s)]
-            for module in _PRELOAD:
+            for module in PRELOAD:
                 options += ["--preload", module]
             program = (sys.executable, "-m", "deploy.local.executor", *options)
         self._start(f"superexec-{site}", *program, *self._superexec_arguments(runtime))
@@ -241,7 +241,7 @@ class _Start:
         """Start a site's SuperNode, whose key must be registered."""
         self._start(
             f"supernode-{site}",
-            _program("flower-supernode"),
+            flower_program("flower-supernode"),
             *("--superlink", self.address, "--root-certificates", str(self.tls.authority)),
             *("--auth-supernode-private-key", str(key)),
             *("--host", _HOST, "--port", runtime.rpartition(":")[2]),
@@ -263,26 +263,31 @@ class _Start:
         self._group.start(name, [program, *arguments], environment=self._environment(home))
 
     def _environment(self, home: Path) -> dict[str, str]:
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith("FLWR_") and not name.lower().endswith("_proxy")
-        }
-        return {
-            **kept,
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),
-            "PYTHONPATH": os.pathsep.join(map(str, self._python_path)),
-            "FLWR_HOME": str(home),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(self._tuning.task_poll_s),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-            "MALLOC_ARENA_MAX": "2",  # threads that each keep a heap of 20 MB messages add up to gigabytes
-        }
+        return flower_environment(home, self._python_path, self._tuning)
 
 
-def _program(name: str) -> str:
+def flower_environment(home: Path, python_path: tuple[Path, ...], tuning: Tuning) -> dict[str, str]:
+    """Make the environment of a Flower program: its own home, no telemetry, no proxy, few threads."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("FLWR_") and not name.lower().endswith("_proxy")
+    }
+    return {
+        **kept,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),
+        "PYTHONPATH": os.pathsep.join(map(str, python_path)),
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(tuning.task_poll_s),
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "2",  # threads that each keep a heap of 20 MB messages add up to gigabytes
+    }
+
+
+def flower_program(name: str) -> str:
     """Find a Flower program beside this Python, else on PATH."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
@@ -293,7 +298,8 @@ def _program(name: str) -> str:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of loopback that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         return int(probe.getsockname()[1])
