@@ -22,7 +22,7 @@ from client.serving.wording import (
     loop_start,
     sentences_of,
 )
-from common.errors import EngineFailed, PromptTooLong
+from common.errors import EngineFailed, FedRadError, PromptTooLong
 from common.model.llava import embed, llava_of, vision_features
 from common.model.prompts import encode_prompt
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+
+Event = Token | Result | FedRadError
 
 
 @dataclass(slots=True)
@@ -94,10 +96,8 @@ class BatchDecoder:
         prompt = self.prompt_ids(ask)
         wanted = ask.options.max_new_tokens or self._default_tokens
         limit = min(wanted, self._positions - len(prompt))
-        if limit <= len(ask.written):
-            raise PromptTooLong(
-                f"expected a prompt under {self._positions - len(ask.written)} tokens, got {len(prompt)}"
-            )
+        if limit <= 0:
+            raise PromptTooLong(f"expected a prompt under {self._positions} tokens, got {len(prompt)}")
         text = StreamedText(self._decode)
         for token in ask.written:
             text.add(token)
@@ -114,17 +114,24 @@ class BatchDecoder:
                     self._leave(slot)
                     return
 
-    def step(self) -> list[tuple[int, Token | Result]]:
-        """Let one waiting question join, or all where nothing runs, and write one token of each answer."""
+    def step(self) -> list[tuple[int, Event]]:
+        """Let one waiting question join, or all where nothing runs, and write one token of each answer.
+
+        A question that cannot be begun gives its error as its only event.
+        """
         import torch
 
-        events: list[tuple[int, Token | Result]] = []
+        events: list[tuple[int, Event]] = []
         with torch.inference_mode():
             running = len(self._rows)
             if running:
                 self._advance(events)
             while self._waiting and len(self._rows) < self._max_batch:
-                self._admit(self._waiting.popleft(), events)
+                row = self._waiting.popleft()
+                try:
+                    self._admit(row, events)
+                except FedRadError as error:
+                    events.append((row.number, error))
                 if running:
                     break
         return events
@@ -157,7 +164,7 @@ class BatchDecoder:
         found: NDArray[np.float32] = image_attention(
             self._model,
             input_ids=list(self.prompt_ids(ask)),
-            features=self.features(ask),
+            features=self.features(ask).clone(),  # outside inference mode: it is differentiated
             written=list(token_ids),
         )
         return found
@@ -175,10 +182,11 @@ class BatchDecoder:
     def _image_tokens(self, ask: Ask) -> int:
         vision = self._llava.config.vision_config
         _, height, width = ask.pixels.shape
-        count = (height // vision.patch_size) * (width // vision.patch_size)
+        patch = int(vision.patch_size)
+        count = (int(height) // patch) * (int(width) // patch)
         return count if self._llava.config.vision_feature_select_strategy == "default" else count + 1
 
-    def _admit(self, row: _Row, events: list[tuple[int, Token | Result]]) -> None:
+    def _admit(self, row: _Row, events: list[tuple[int, Event]]) -> None:
         import torch
 
         slot, written = len(self._rows), row.ask.written
@@ -215,9 +223,14 @@ class BatchDecoder:
             known = torch.log_softmax(logits[:-1], -1)
             row.logprobs = [float(known[i, token]) for i, token in enumerate(written)]
         self._rows.append(row)
+        finish = _ended(row)
+        if finish is not None:
+            events.append((row.number, self._result(row, finish)))
+            self._leave(slot)
+            return
         self._choose([row], logits[-1:], events)
 
-    def _advance(self, events: list[tuple[int, Token | Result]]) -> None:
+    def _advance(self, events: list[tuple[int, Event]]) -> None:
         import torch
 
         last = torch.tensor([[row.text.ids[-1]] for row in self._rows], device=self._device)
@@ -237,9 +250,7 @@ class BatchDecoder:
             row.length += 1
         self._choose(list(self._rows), self._head(hidden[:, -1]).float(), events)
 
-    def _choose(
-        self, rows: list[_Row], logits: torch.Tensor, events: list[tuple[int, Token | Result]]
-    ) -> None:
+    def _choose(self, rows: list[_Row], logits: torch.Tensor, events: list[tuple[int, Event]]) -> None:
         import torch
 
         shown = logits
@@ -253,7 +264,7 @@ class BatchDecoder:
         for row, token, logprob in zip(rows, chosen.tolist(), probable.tolist(), strict=True):
             self._take(row, token, logprob, events)
 
-    def _take(self, row: _Row, token: int, logprob: float, events: list[tuple[int, Token | Result]]) -> None:
+    def _take(self, row: _Row, token: int, logprob: float, events: list[tuple[int, Event]]) -> None:
         finish = None
         if not math.isfinite(logprob):
             finish = Finish.NOT_FINITE
@@ -262,10 +273,7 @@ class BatchDecoder:
         else:
             row.logprobs.append(logprob)
             events.append((row.number, Token(row.text.add(token), token, logprob)))
-            if row.ask.options.stop_loops and loop_start(row.text.ids) is not None:
-                finish = Finish.LOOP
-            elif len(row.text.ids) >= row.limit:
-                finish = Finish.LENGTH
+            finish = _ended(row)
         if finish is not None:
             events.append((row.number, self._result(row, finish)))
             self._leave(self._rows.index(row))
@@ -301,6 +309,12 @@ class BatchDecoder:
     def _decode(self, ids: Any) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip()
+
+
+def _ended(row: _Row) -> Finish | None:
+    if row.ask.options.stop_loops and loop_start(row.text.ids) is not None:
+        return Finish.LOOP
+    return Finish.LENGTH if len(row.text.ids) >= row.limit else None
 
 
 def _end_tokens(llava: Any, tokenizer: Any) -> frozenset[int]:

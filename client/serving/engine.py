@@ -38,7 +38,8 @@ class ModelVersion:
     def label(self) -> str:
         """One line for people and headers."""
         privacy = "no ε" if self.release_epsilon is None else f"ε {self.release_epsilon:.2f}"
-        return f"{self.study_id} v{self.version} round {self.round} ({privacy}) adapter {self.adapter_sha256[:12]}"
+        adapter = self.adapter_sha256[:12]
+        return f"{self.study_id} v{self.version} round {self.round} ({privacy}) adapter {adapter}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,9 @@ class Options:
     max_new_tokens: int = 0
     no_repeat_ngram: int = 0
     stop_loops: bool = True
+
+
+AS_TRAINED = Options()
 
 
 class Finish(StrEnum):
@@ -74,7 +78,7 @@ class Ask:
     picture_sha256: str
     pixels: NDArray[np.float32] = field(repr=False, compare=False)
     indication: str = ""
-    options: Options = Options()
+    options: Options = AS_TRAINED
     written: tuple[int, ...] = ()
 
 

@@ -77,10 +77,15 @@ def load_base(directory: Path, *, dtype: str = "float32") -> tuple[Any, Any]:
 
 def load_adapted(directory: Path, adapter: AdapterSection, *, dtype: str = "float32") -> AdaptedModel:
     """Load a base and attach a fresh adapter (PEFT LoRA plus a float32 copy of the projector)."""
+    base, tokenizer = load_base(directory, dtype=dtype)
+    return attach_adapter(base, tokenizer, directory, adapter)
+
+
+def attach_adapter(base: Any, tokenizer: Any, directory: Path, adapter: AdapterSection) -> AdaptedModel:
+    """Attach a fresh adapter to a loaded base, on the device where the base is; raises AdapterInvalid."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    base, tokenizer = load_base(directory, dtype=dtype)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +13,15 @@ import torch
 
 from client.serving.decoding import BatchDecoder
 from client.serving.engine import Ask, ModelVersion, Options
+from client.serving.plan import EnginePlan
+from client.serving.source import ReleaseSource
+from common.config import parse_study_toml
+from common.identity import SigningKey
 from common.model import tiny
+from common.model.lora import adapter_tensors, vector_size
+from common.model.manifest import hash_base
+from common.model.release import write_release
+from tests.simulator import study_text
 
 VERSION = ModelVersion(
     version=3,
@@ -52,3 +64,40 @@ def decoder(model: Any, tokenizer: Any, **settings: Any) -> BatchDecoder:
         template=tiny.PROMPT,
         **({"default_tokens": 24} | settings),
     )
+
+
+KEY = SigningKey.from_seed(b"o" * 32)
+PLAN = EnginePlan("cpu", "float32", "none", "sdpa", 8, 16 << 20, 16 << 20, "a test")
+
+
+@functools.cache
+def talkative_base() -> Path:
+    """A base directory of random weights whose answers depend on the image."""
+    model, _ = talkative_model()
+    folder = Path(tempfile.mkdtemp(prefix="fedrad-test-base-"))
+    tiny.write_base(folder, model, losses={})
+    return folder
+
+
+@functools.cache
+def talkative_release(seed: int = 1, *, scale: float = 0.2, round: int = 2, max_new_tokens: int = 24) -> Path:
+    """A signed release for it; another seed is another adapter."""
+    base = talkative_base()
+    parsed = parse_study_toml(study_text(mode="consortium", seed=None))
+    study = replace(
+        parsed,
+        base=replace(parsed.base, files=hash_base(base)),
+        training=replace(parsed.training, max_new_tokens=max_new_tokens),
+        adapter=replace(parsed.adapter, tensors=adapter_tensors(base, parsed.adapter)),
+        cohort=replace(parsed.cohort, operator_key=KEY.public),
+    )
+    size = vector_size(study.adapter.tensors)
+    rng = np.random.default_rng(seed)
+    vector = (rng.standard_normal(size) * scale).astype(np.float32)
+    folder = Path(tempfile.mkdtemp(prefix="fedrad-test-release-"))
+    write_release(folder, study, vector, KEY, round=round, release_epsilon=7.5, card="# A model\n")
+    return folder
+
+
+def talkative_source(seed: int = 1, **settings: Any) -> ReleaseSource:
+    return ReleaseSource(talkative_release(seed), talkative_base(), **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -213,7 +214,7 @@ def test_no_repeat_ngram_forbids_every_repetition(pair: tuple[Any, Any]) -> None
     engine = decoder(*pair, default_tokens=60)
     engine.submit(0, ask(2, no_repeat_ngram=2, stop_loops=False))
     ids = drain(engine)[0].token_ids
-    pairs = list(zip(ids, ids[1:], strict=False))
+    pairs = list(pairwise(ids))
     assert len(pairs) == len(set(pairs))
 
 

@@ -1,0 +1,301 @@
+"""A study in, a draft out: the guard's decision first, then tokens, then the draft that names its model.
+
+Everything that drafts goes through here: HTTP, gRPC, the page, the PACS loop. Guarantees: every draft names
+model version, round and release ε; every draft and refusal is on the access log before its last event is
+given; a switch to another release loses no draft that is being written. It writes nothing final.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.access import AccessLog, AccessRecord, Action
+from client.serving.canary import CanaryFigures, canary_faults, run_canary
+from client.serving.engine import AS_TRAINED, Ask, Finish, ModelVersion, Options, Sentence, Token
+from client.serving.guard import ALLOWED_UNGUARDED, Decision, Guard
+from client.serving.metrics import ServingMetrics
+from client.serving.picture import Picture, prepared
+from client.serving.source import ReleaseSource
+from client.serving.workers import WorkerEngine
+from common.canonical import canonical_json
+from common.errors import CanaryFailed, DraftUnknown, EngineStopped
+
+if TYPE_CHECKING:
+    from common.model.images import ImageProcessor
+
+_DRAIN_S = 600.0
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """One study: its frontal image, why it was made (`indication`), or a free `question` about it."""
+
+    picture: Picture
+    user: str
+    indication: str = ""
+    question: str = ""
+    options: Options = AS_TRAINED
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A finished draft or a refusal; times in seconds since the request was taken."""
+
+    id: str
+    picture_sha256: str
+    model: ModelVersion
+    decision: Decision
+    text: str
+    sentences: tuple[Sentence, ...]
+    finish: Finish
+    cut: bool
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    first_token_s: float | None
+    seconds: float
+    access_record: str
+
+
+def draft_value(draft: Draft) -> dict[str, Any]:
+    """Return a draft as plain values for JSON, with the model's label."""
+    value = asdict(draft)
+    value["model"]["label"] = draft.model.label
+    value["logprobs"] = [one if one - one == 0 else None for one in draft.logprobs]
+    return value
+
+
+@dataclass(frozen=True)
+class Active:
+    """What answers now: an engine with the guard and image preparation of its base."""
+
+    engine: WorkerEngine
+    guard: Guard | None
+    processor: ImageProcessor
+
+
+class DraftingService:
+    """Drafts with one release at a time; all methods but `draft_blocking` belong to one event loop."""
+
+    def __init__(
+        self,
+        active: Active,
+        *,
+        access: AccessLog,
+        metrics: ServingMetrics | None = None,
+        keep_drafts: bool = True,
+        remember: int = 256,
+        clock_s: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._active, self._access = active, access
+        self.metrics = metrics or ServingMetrics()
+        self._keep_drafts, self._remember = keep_drafts, remember
+        self._clock_s, self._wall_s = clock_s, wall_s
+        self._log_lock, self._switch_lock = asyncio.Lock(), asyncio.Lock()
+        self._remembered: OrderedDict[str, tuple[DraftRequest, Draft, Active]] = OrderedDict()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._figures: CanaryFigures | None = None
+        self._loop = asyncio.get_running_loop()
+        self.switch_failure = ""
+
+    @property
+    def model(self) -> ModelVersion:
+        """The version that answers now."""
+        return self._active.engine.model
+
+    @property
+    def engine(self) -> WorkerEngine:
+        return self._active.engine
+
+    @property
+    def guarded(self) -> bool:
+        return self._active.guard is not None
+
+    async def draft(self, request: DraftRequest) -> AsyncIterator[Decision | Token | Draft]:
+        """Give the decision, then tokens, then the draft; raises what the engine raises.
+
+        A reader who leaves early cancels the answer; what was written until then is logged.
+        """
+        started, active, identifier = self._clock_s(), self._active, secrets.token_hex(16)
+        pixels = await asyncio.to_thread(prepared, request.picture, active.processor)
+        ask = Ask(request.picture.sha256, pixels, _asked(request), request.options)
+        decision = await self._decide(active, request, ask)
+        yield decision
+        result, tokens, first_s = None, [], None
+        model = active.engine.model
+        try:
+            if not decision.refused:
+                async for event in active.engine.submit(ask):
+                    if isinstance(event, Token):
+                        first_s = self._clock_s() - started if first_s is None else first_s
+                        tokens.append(event)
+                        yield event
+                    else:
+                        result = event
+        except BaseException as error:
+            self.metrics.failed(type(error).__name__)
+            if tokens:
+                text = "".join(token.text for token in tokens)
+                await self._log(request, {"draft": identifier, "left": True, "text": text}, model)
+            raise
+        draft = Draft(
+            id=identifier,
+            picture_sha256=request.picture.sha256,
+            model=model,
+            decision=decision,
+            text=result.text if result else "",
+            sentences=result.sentences if result else (),
+            finish=result.finish if result else Finish.REFUSED,
+            cut=result.cut if result else False,
+            token_ids=result.token_ids if result else (),
+            logprobs=result.logprobs if result else (),
+            first_token_s=first_s,
+            seconds=self._clock_s() - started,
+            access_record="",
+        )
+        record = await self._log(request, _logged(request, draft), model)
+        draft = Draft(**{**_fields(draft), "access_record": record.id})
+        self._remembered[identifier] = (request, draft, active)
+        while len(self._remembered) > self._remember:
+            self._remembered.popitem(last=False)
+        self.metrics.finished(draft, cached_tokens=result.cached_tokens if result else 0)
+        yield draft
+
+    async def draft_whole(self, request: DraftRequest) -> Draft:
+        """Write one draft and return it."""
+        async for event in self.draft(request):
+            if isinstance(event, Draft):
+                return event
+        raise EngineStopped("expected a draft, got the end of the answer")
+
+    def draft_blocking(self, request: DraftRequest, *, timeout_s: float = 300.0) -> Draft:
+        """Write one draft from another thread than the service's."""
+        return asyncio.run_coroutine_threadsafe(self.draft_whole(request), self._loop).result(timeout_s)
+
+    async def attention(self, draft_id: str) -> NDArray[np.float32]:
+        """Return a remembered draft's attention to image tokens, [tokens, image tokens]."""
+        request, draft = self.remembered(draft_id)
+        active = self._remembered[draft_id][2]
+        pixels = await asyncio.to_thread(prepared, request.picture, active.processor)
+        ask = Ask(request.picture.sha256, pixels, _asked(request), request.options)
+        return await active.engine.attention(ask, draft.token_ids)
+
+    async def image_vector(self, picture: Picture) -> NDArray[np.float32]:
+        """Return a picture's features from the frozen tower, [N, D]."""
+        active = self._active
+        pixels = await asyncio.to_thread(prepared, picture, active.processor)
+        return await active.engine.image_vector(Ask(picture.sha256, pixels))
+
+    def remembered(self, draft_id: str) -> tuple[DraftRequest, Draft]:
+        """Return one of the latest drafts with what was asked; raises DraftUnknown."""
+        found = self._remembered.get(draft_id)
+        if found is None:
+            raise DraftUnknown(f"expected one of the latest {self._remember} drafts, got another id")
+        return found[0], found[1]
+
+    async def record(self, *, user: str, action: Action, payload: bytes | None = None) -> AccessRecord:
+        """Put something on the access log, durably."""
+        return await self._write(user, action, payload, self.model)
+
+    async def switch(self, source: ReleaseSource, *, guard: Guard | None, user: str) -> CanaryFigures:
+        """Start another release beside this one, compare both on the canary studies, and switch.
+
+        The old release answers until the new one has passed, and finishes what it began. Raises CanaryFailed
+        and what starting raises; then nothing has changed.
+        """
+        async with self._switch_lock:
+            old = self._active
+            engine = old.engine.successor(source)
+            await engine.start()
+            try:
+                if self._figures is None:
+                    self._figures = await run_canary(old.engine, old.processor)
+                processor = _processor(source.base)
+                figures = await run_canary(engine, processor)
+                faults = canary_faults(self._figures, figures)
+                if faults:
+                    raise CanaryFailed(f"{engine.model.label}: {'; '.join(faults)}")
+            except BaseException:
+                await engine.stop()
+                raise
+            self._active = Active(engine, guard, processor)
+            self._figures = figures
+            await self._write(user, Action.SWITCH_MODEL, None, engine.model)
+            self.metrics.switched(engine.model)
+            leaving = asyncio.create_task(old.engine.stop(drain_s=_DRAIN_S))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            return figures
+
+    async def close(self, *, drain_s: float = 5.0) -> None:
+        """Finish what is being written, within `drain_s`, and end the engines."""
+        await self._active.engine.stop(drain_s=drain_s)
+        for task in list(self._leaving):
+            task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+
+    async def _decide(self, active: Active, request: DraftRequest, ask: Ask) -> Decision:
+        if active.guard is None:
+            return ALLOWED_UNGUARDED
+        features = await active.engine.image_vector(ask)
+        return await asyncio.to_thread(
+            active.guard.decide,
+            request.picture,
+            features,
+            indication=request.indication,
+            question=request.question,
+        )
+
+    async def _log(self, request: DraftRequest, value: dict[str, Any], model: ModelVersion) -> AccessRecord:
+        payload = canonical_json(value) if self._keep_drafts else None
+        return await self._write(request.user, Action.DRAFT, payload, model)
+
+    async def _write(
+        self, user: str, action: Action, payload: bytes | None, model: ModelVersion
+    ) -> AccessRecord:
+        async with self._log_lock:
+            return await asyncio.to_thread(
+                self._access.record,
+                user=user,
+                action=action,
+                model_version=model.version,
+                time_s=int(self._wall_s()),
+                payload=payload,
+            )
+
+
+def _processor(base: Path) -> ImageProcessor:
+    from common.model.images import read_processor
+
+    return read_processor(base)
+
+
+def _asked(request: DraftRequest) -> str:
+    return " ".join(part for part in (request.indication, request.question) if part)
+
+
+def _fields(draft: Draft) -> dict[str, Any]:
+    return {name: getattr(draft, name) for name in Draft.__dataclass_fields__}
+
+
+def _logged(request: DraftRequest, draft: Draft) -> dict[str, Any]:
+    return {
+        "draft": draft.id,
+        "picture": draft.picture_sha256,
+        "indication": request.indication,
+        "question": request.question,
+        "model": draft.model.label,
+        "refused": draft.decision.code,
+        "finish": draft.finish.value,
+        "text": draft.text,
+    }
