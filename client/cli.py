@@ -154,6 +154,12 @@ def up(
     socket: Annotated[
         Path | None, typer.Option("--socket", help="Unix socket; default HOME/run/agent.sock.")
     ] = None,
+    socket_group: Annotated[
+        str | None,
+        typer.Option(
+            "--socket-group", help="Group of the SuperNode's user, which may connect; default none."
+        ),
+    ] = None,
 ) -> None:
     """Run the site agent until it is told to stop (Ctrl-C or SIGTERM)."""
     import logging
@@ -164,20 +170,29 @@ def up(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     from client.agent import SiteAgent
     from client.home import open_home
+    from client.models import verify_unwritable
     from client.service import ProgressBoard, start_service
+    from client.socket_guard import group_id
+    from common.errors import BaseWritable
 
     opened = open_home(home)
+    group = group_id(socket_group) if socket_group else None
+    try:
+        verify_unwritable(opened.bases.values(), relay_group=group)
+    except BaseWritable as error:
+        if group is not None:
+            raise
+        logging.getLogger("fedrad.agent").warning("%s: %s", error.code, error)
     board = ProgressBoard()
     path = socket or home / "run" / "agent.sock"
     agent = SiteAgent(opened, report=board.post)
-    service = start_service(agent, board, path, version=_version())
+    service = start_service(agent, board, path, version=_version(), group=group)
     logging.getLogger("fedrad.agent").info("agent of site %s listens on %s", opened.site, path)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     stop.wait()
     service.stop(grace=5.0).wait()
-    path.unlink(missing_ok=True)
 
 
 @app.command()

@@ -6,8 +6,10 @@ a model, because the adapter's values live in it.
 
 from __future__ import annotations
 
+import os
+import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +17,34 @@ from typing import TYPE_CHECKING
 
 from common.canonical import sha256_hex
 from common.config import AdapterSection, Study
+from common.errors import BaseWritable
 from common.model.manifest import verify_base
 
 if TYPE_CHECKING:
     from common.model.loading import AdaptedModel
+
+
+def verify_unwritable(bases: Iterable[Path], *, relay_group: int | None = None) -> None:
+    """Raise BaseWritable unless only the own user, its own group and root can write each base directory.
+
+    What is loaded must be what was verified against the manifest's hashes a moment before. `relay_group` may
+    not write, even where it is the own group.
+    """
+    for base in bases:
+        above = base.resolve().parents
+        for path in (*above, *([base, *sorted(base.rglob("*"))] if base.is_dir() else [])):
+            found = path.stat()
+            sticky = path in above and found.st_mode & stat.S_ISVTX
+            bad = found.st_mode & stat.S_IWOTH and not sticky
+            if path not in above:
+                shared = found.st_gid != os.getegid() or found.st_gid == relay_group
+                bad = bad or (found.st_mode & stat.S_IWGRP and shared)
+                bad = bad or found.st_uid not in (0, os.geteuid())
+            if bad:
+                raise BaseWritable(
+                    f"{path}: expected that only this user can write base models, got user {found.st_uid}, "
+                    f"group {found.st_gid}, mode {stat.S_IMODE(found.st_mode):o}; use chown and chmod go-w"
+                )
 
 
 class ModelPool:
@@ -35,11 +61,11 @@ class ModelPool:
         """Hold the study's model; raises BaseHashMismatch, BaseInvalid or AdapterInvalid."""
         with self._lock:
             pinned = sha256_hex(repr(study.base.files).encode())
-            if (base, pinned) not in self._verified:
-                verify_base(base, study.base.files)
-                self._verified.add((base, pinned))
             adapter = replace(study.adapter, init_seed=0, initial_sha256="")
             model = self._models.get((pinned, adapter))
+            if model is None or (base, pinned) not in self._verified:
+                verify_base(base, study.base.files)
+                self._verified.add((base, pinned))
             if model is None:
                 from common.model.loading import load_adapted
 

@@ -1,38 +1,40 @@
-"""The agent's gRPC service on a Unix socket, and the caller's side of it.
+"""The agent's gRPC service behind its guarded socket, and the caller's side of it.
 
-Guarantees: the socket lies in a directory of mode 0700 and is replaced only when nobody listens on it; one
-request is served at a time. A refusal before authentication crosses as a gRPC status with the error's name.
-The caller's side imports no torch.
+One client is served at a time: a stage call waits until the one before has its reply, at most
+`Limits.waiting_calls` wait, and what waits is not read. Identify and Progress go on meanwhile, for the own
+user's `status` and for the relay alike. Guarantees: a call that comes too often, sends too slowly, takes its
+reply too slowly or sends more than its header says ends in a named, logged refusal; a refusal before
+authentication crosses as a gRPC status with the error's name. The caller's side imports no torch.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
-import socket
+import shutil
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from client import agent_pb2, agent_pb2_grpc
-from common.errors import AgentUnavailable, BodyTooLarge, FedRadError
+from client.socket_guard import LIMITS, Limits, SocketGuard, TokenBucket
+from common.errors import AgentUnavailable, BodyTooLarge, FedRadError, PeerRefused, PeerTooSlow, TooFrequent
 from common.protocol import Stage
 
 if TYPE_CHECKING:
     from client.agent import Progress, SiteAgent
 
+log = logging.getLogger("fedrad.agent")
+
 FRAME_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 1 << 31
-_METHODS = {
-    Stage.HELLO: "Hello",
-    Stage.KEYS: "Keys",
-    Stage.SHARES: "Shares",
-    Stage.CONTRIBUTE: "Contribute",
-    Stage.UNMASK: "Unmask",
-    Stage.FINISH: "Finish",
-}
+_METHODS = {stage: stage.value.capitalize() for stage in Stage}
 
 
 class AgentRefused(FedRadError):
@@ -59,24 +61,154 @@ class ProgressBoard:
         self._watchers.remove(watcher)
 
 
-def _serve_stage(agent: SiteAgent, stage: Stage, frames: Iterator[Any], context: Any) -> Iterator[Any]:
-    try:
-        reply = agent.handle(stage, _join(frames, limit=agent.message_limit))
-    except FedRadError as error:
-        context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{error.code}: {error}")
-    yield from _frames(reply)
+class Turns:
+    """Lets one stage call through at a time, and few wait."""
 
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._one = threading.Lock()
+        self._places = threading.BoundedSemaphore(1 + limits.waiting_calls)
+        self._rate = TokenBucket(burst=limits.burst, per_minute=limits.per_minute)
 
-def start_service(agent: SiteAgent, board: ProgressBoard, socket_path: Path, *, version: str) -> grpc.Server:
-    """Serve the agent on a Unix socket; stop with `.stop(grace)`. Raises AgentUnavailable."""
-
-    class Servicer(agent_pb2_grpc.SiteAgentServicer):
-        def Identify(self, request: Any, context: Any) -> Any:
-            return agent_pb2.IdentifyReply(site=agent.home.site, version=version)
-
-        def Progress(self, request: Any, context: Any) -> Iterator[Any]:
-            watcher = board.watch()
+    @contextmanager
+    def hold(self, here: Callable[[], bool]) -> Iterator[None]:
+        """Wait for this call's turn while the caller is `here`; raises TooFrequent or PeerRefused."""
+        self._rate.take()
+        if not self._places.acquire(blocking=False):
+            raise PeerRefused(f"expected at most {self._limits.waiting_calls} calls waiting, got one more")
+        try:
+            while not self._one.acquire(timeout=0.5):
+                if not here():
+                    raise PeerRefused("expected the caller to wait for its turn, got a hang-up")
             try:
+                yield
+            finally:
+                self._one.release()
+        finally:
+            self._places.release()
+
+
+class Watchdog:
+    """Ends a call whose peer sends or takes bytes too slowly."""
+
+    def __init__(self, context: Any, limits: Limits) -> None:
+        self._context, self._limits = context, limits
+        self._timer: threading.Timer | None = None
+
+    def allow(self, size: int) -> None:
+        """Start the time in which the peer must send or take `size` bytes."""
+        self.rest()
+        seconds = self._limits.request_s + size / self._limits.request_bytes_per_s
+        self._timer = threading.Timer(seconds, self._end, (seconds,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def rest(self) -> None:
+        """Stop the time: it is the agent's turn to work."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end(self, seconds: float) -> None:
+        _refused(PeerTooSlow(f"expected the peer to pass a message within {seconds:.0f} s, got a part of it"))
+        self._context.cancel()
+
+
+class AgentService:
+    """The agent's running service; `stop` ends it."""
+
+    def __init__(
+        self,
+        agent: SiteAgent,
+        board: ProgressBoard,
+        path: Path,
+        *,
+        version: str,
+        group: int | None,
+        limits: Limits,
+    ) -> None:
+        self._agent, self._board, self._version, self._limits = agent, board, version, limits
+        self._turns = Turns(limits)
+        self._calls = 0
+        self._watchers = 0
+        self._counting = threading.Lock()
+        self._private = Path(tempfile.mkdtemp(prefix="fedrad-"))
+        inner = self._private / "grpc"
+        try:
+            self._guard = SocketGuard(path, inner, group=group, limits=limits, busy=lambda: self._calls > 0)
+        except FedRadError:
+            shutil.rmtree(self._private)
+            raise
+        workers = 4 + limits.waiting_calls + limits.watchers
+        self._server = grpc.server(
+            ThreadPoolExecutor(max_workers=workers), maximum_concurrent_rpcs=workers, options=_SERVER_OPTIONS
+        )
+        agent_pb2_grpc.add_SiteAgentServicer_to_server(self._servicer(), self._server)
+        self._server.add_insecure_port(f"unix:{inner}")
+        self._server.start()
+        self._guard.open()
+
+    def stop(self, grace: float | None) -> threading.Event:
+        """Let nobody in, give calls `grace` seconds, then end; the event is set when all is over."""
+        self._guard.stop_accepting()
+        stopped: threading.Event = self._server.stop(grace)
+        if grace:
+            stopped.wait(grace)
+        self._guard.close()
+        shutil.rmtree(self._private, ignore_errors=True)
+        return stopped
+
+    def _servicer(self) -> Any:
+        service = self
+
+        class Servicer(agent_pb2_grpc.SiteAgentServicer):
+            def Identify(self, request: Any, context: Any) -> Any:
+                return agent_pb2.IdentifyReply(site=service._agent.home.site, version=service._version)
+
+            def Progress(self, request: Any, context: Any) -> Iterator[Any]:
+                return service._watch(context)
+
+        def handler(stage: Stage) -> Any:
+            return lambda self, frames, context: service._serve(stage, frames, context)
+
+        for stage, method in _METHODS.items():
+            setattr(Servicer, method, handler(stage))
+        return Servicer()
+
+    def _serve(self, stage: Stage, frames: Iterator[Any], context: Any) -> Iterator[Any]:
+        watchdog = Watchdog(context, self._limits)
+
+        def limit(start: bytes) -> int:
+            most = self._agent.message_limit(start)
+            watchdog.allow(most)
+            return most
+
+        try:
+            with self._call(), self._turns.hold(context.is_active):
+                watchdog.allow(0)
+                request = _join(frames, limit=limit)
+                watchdog.rest()
+                reply = self._agent.handle(stage, request)
+                del request
+                watchdog.allow(len(reply))
+                yield from _frames(reply)
+        except FedRadError as error:
+            if isinstance(error, PeerRefused | TooFrequent | BodyTooLarge):
+                _refused(error)
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{error.code}: {error}")
+        finally:
+            watchdog.rest()
+
+    def _watch(self, context: Any) -> Iterator[Any]:
+        with self._counting:
+            full = self._watchers >= self._limits.watchers
+            self._watchers += not full
+        if full:
+            refusal = PeerRefused(f"expected at most {self._limits.watchers} watchers, got one more")
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{refusal.code}: {refusal}")
+        watcher = self._board.watch()
+        try:
+            with self._call():
                 while context.is_active():
                     try:
                         event = watcher.get(timeout=0.5)
@@ -85,21 +217,36 @@ def start_service(agent: SiteAgent, board: ProgressBoard, socket_path: Path, *, 
                     yield agent_pb2.ProgressEvent(
                         study=event.study, round=event.round, stage=event.stage, percent=event.percent
                     )
-            finally:
-                board.leave(watcher)
+        finally:
+            self._board.leave(watcher)
+            with self._counting:
+                self._watchers -= 1
 
-    def handler(stage: Stage) -> Any:
-        return lambda self, frames, context: _serve_stage(agent, stage, frames, context)
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        with self._counting:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._calls -= 1
 
-    for stage, method in _METHODS.items():
-        setattr(Servicer, method, handler(stage))
-    _claim(socket_path)
-    server = grpc.server(ThreadPoolExecutor(max_workers=4), maximum_concurrent_rpcs=4, options=_OPTIONS)
-    agent_pb2_grpc.add_SiteAgentServicer_to_server(Servicer(), server)
-    server.add_insecure_port(f"unix:{socket_path}")
-    server.start()
-    socket_path.chmod(0o600)
-    return server
+
+def start_service(
+    agent: SiteAgent,
+    board: ProgressBoard,
+    socket_path: Path,
+    *,
+    version: str,
+    group: int | None = None,
+    limits: Limits = LIMITS,
+) -> AgentService:
+    """Serve the agent on a Unix socket, to its own user and to members of `group`; stop with `.stop(grace)`.
+
+    Raises SocketInvalid or AgentUnavailable.
+    """
+    return AgentService(agent, board, socket_path, version=version, group=group, limits=limits)
 
 
 def call_agent(address: str, stage: Stage, envelope: bytes, *, timeout_s: float) -> bytes:
@@ -113,7 +260,7 @@ def call_agent(address: str, stage: Stage, envelope: bytes, *, timeout_s: float)
                 raise AgentRefused(str(error.details())) from error
             raise AgentUnavailable(
                 f"{address}: expected the site agent to answer, got {error.code().name}; is `fedrad-site up` "
-                "running?"
+                "running, and may this user connect (the agent's log says whom it refused)?"
             ) from error
 
 
@@ -122,6 +269,11 @@ _OPTIONS = [
     ("grpc.max_send_message_length", 2 * FRAME_BYTES),
     ("grpc.enable_http_proxy", 0),
 ]
+_SERVER_OPTIONS = [*_OPTIONS, ("grpc.max_concurrent_streams", 16)]
+
+
+def _refused(error: FedRadError) -> None:
+    log.warning("refused a call: %s: %s", error.code, error)
 
 
 def _frames(data: bytes) -> Iterator[Any]:
@@ -142,18 +294,3 @@ def _join(frames: Iterator[Any], *, limit: Callable[[bytes], int] = lambda start
             raise BodyTooLarge(f"expected a message of at most {most} bytes, got more")
         parts.append(frame.data)
     return b"".join(parts)
-
-
-def _claim(socket_path: Path) -> None:
-    socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not socket_path.exists():
-        return
-    probe = socket.socket(socket.AF_UNIX)
-    try:
-        probe.connect(str(socket_path))
-    except OSError:
-        socket_path.unlink()
-    else:
-        raise AgentUnavailable(f"{socket_path}: expected a free socket, got another agent listening on it")
-    finally:
-        probe.close()
