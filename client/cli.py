@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client import enrolment_cli
+from client.base_cli import base_app
 from client.data.cli import app as data_app
 from client.release_cli import access_app, model_app
 from common.terminal import answer, bars, run_program
@@ -25,6 +26,7 @@ study_app = typer.Typer(help="Studies offered to this site.", no_args_is_help=Tr
 enrolment_cli.mount(app)
 app.add_typer(study_app, name="study")
 app.add_typer(data_app, name="data")
+app.add_typer(base_app, name="base")
 app.add_typer(model_app, name="model")
 app.add_typer(access_app, name="access")
 
