@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 16 << 20
 _FILES_KEPT = 3
 _TEMPLATE_CHARACTERS = 300
 _WORDS = re.compile(
-    r"hello|keys|shares|contribute|unmask|finish|request|reply|refusal|align|tune|consortium|local|plain"
+    r"hello|keys|shares|contribute|unmask|finish|witness|request|reply|refusal|align|tune|consortium|local|plain"
 )
 _HASH = re.compile(r"(?=[0-9]*[a-f])(?:[0-9a-f]{12}|[0-9a-f]{16}|[0-9a-f]{32}|[0-9a-f]{64})")
 _SITE = re.compile(r"[a-z](?:[a-z0-9-]{0,62}[a-z0-9])?")

@@ -1,9 +1,10 @@
 """A study as its directory tells it: sites, rounds, privacy spent, who is missing and why, and what to do.
 
-Read from the durable files (`study.json`, `log.jsonl`, `records.jsonl`, `pending.json`, `traffic.json`) while
-the server may be writing them: nothing is locked, repaired or changed, and a torn last line is left out.
-It knows only what the server knows: a site's true privacy account is in that site's own ledger, and
-`site_epsilon` here is an upper bound from the attempts that the site may have served.
+Read from the durable files (`study.json`, `log.jsonl`, `records.jsonl`, `ledger/entries.jsonl`,
+`pending.json`, `traffic.json`) while the server may be writing them: nothing is locked, repaired or changed,
+and a torn last line is left out. A site's ε is what the site last signed in the ledger; where it signed
+none, an upper bound from the attempts that it may have served. Signatures of records and entries are not
+verified here: that is `fedrad-audit`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,10 +21,13 @@ from typing import Any
 from common import errors
 from common.config import Mode, Study
 from common.errors import CheckpointInvalid
+from common.ledger.entries import Outcome
 from common.privacy.mechanism import PrivacyPlan, ServedRound, View
 from common.privacy.study_plan import plan_of
 from common.records import RoundRecord
+from server.bundles import LEDGER_NAME
 from server.checkpoint import Pending, read_signed_study
+from server.log import ENTRIES_NAME
 
 MAX_CURVE_POINTS = 13
 _CODE = re.compile(r"[A-Z][A-Za-z]{2,50}")
@@ -32,10 +36,11 @@ _PLAIN_REASONS = {
     "no answer before the deadline": "no-answer",
     "no keys for this round: it joins the next": "no-keys",
 }
+_CARRIERS = ("SiteRefused", "AgentRefused", "NodeFailed")  # what brought a reason, told where nothing else is
 _ADVICE = {
     "not-connected": "Ask the site for `fedrad-site status`: its node has no connection to this server.",
     "no-answer": "The site got the request and was too slow for cohort.deadline_s, or has gone since.",
-    "no-keys": "Nothing to do: the site joins the next round.",
+    "no-keys": "It was away when keys were exchanged, and joins the next round that it is back for.",
     "NodeFailed": "The site's node or agent ended during the round; where it stays away, ask the site.",
     "BudgetExceeded": "The site's own privacy limit is reached; only the site can raise it.",
     "DataInsufficient": "The site's data cannot serve this study; its own log says why.",
@@ -76,7 +81,7 @@ class FailedAttempt:
 
 @dataclass(frozen=True)
 class SiteView:
-    """One site: `reason` and `advice` are empty while it serves."""
+    """One site: `reason` and `advice` are empty while it serves; `epsilon_signed`: the site signed it."""
 
     site: str
     serves: bool
@@ -86,6 +91,15 @@ class SiteView:
     reason: str
     advice: str
     epsilon: float | None
+    epsilon_signed: bool
+
+
+@dataclass(frozen=True)
+class StatedPrivacy:
+    """What the ledger states: release ε after each released round, and the newest ε that each site signed."""
+
+    release: dict[int, float]
+    sites: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -131,10 +145,10 @@ def reason_name(text: str) -> str:
     """Name the reason of an absence: a known error's name or one of a few words; never a site's free text."""
     if text in _PLAIN_REASONS:
         return _PLAIN_REASONS[text]
-    parts = [part.strip() for part in text.split(":")]
-    named = parts[1] if parts[0] == "SiteRefused" and len(parts) > 1 else parts[0]
-    known = hasattr(errors, named) or named in ("SiteRefused", "NodeFailed")
-    return named if _CODE.fullmatch(named) and known else "other"
+    named = [part.strip() for part in text.split(":")[:5]]
+    known = [name for name in named if _CODE.fullmatch(name) and (name in _CARRIERS or hasattr(errors, name))]
+    told = [name for name in known if name not in _CARRIERS]
+    return (told or known or ["other"])[0]
 
 
 def advice(reason: str) -> str:
@@ -166,7 +180,23 @@ def read_view(directory: Path) -> StudyView:
         records=records,
         pending=_pending(_read_json(directory / "pending.json")),
         traffic=traffic if isinstance(traffic, dict) else {},
+        stated=read_stated(directory / LEDGER_NAME / ENTRIES_NAME, study.sha256),
     )
+
+
+def read_stated(path: Path, study: str) -> StatedPrivacy:
+    """Read what a ledger's entries state of a study; nothing where there is no ledger."""
+    release: dict[int, float] = {}
+    sites: dict[str, float] = {}
+    for value in read_lines(path):
+        body = value.get("body")
+        if value.get("kind") != "round" or value.get("study") != study or not isinstance(body, dict):
+            continue
+        if body["outcome"] == Outcome.RELEASED.value:
+            release[int(body["number"])] = float(body["release_epsilon"])
+        for part in body["participations"]:
+            sites[str(part["site"])] = max(float(part["epsilon"]), sites.get(str(part["site"]), 0.0))
+    return StatedPrivacy(release, sites)
 
 
 def view_of(
@@ -178,6 +208,7 @@ def view_of(
     records: Sequence[RoundRecord],
     pending: Pending | None,
     traffic: dict[str, Any],
+    stated: StatedPrivacy,
 ) -> StudyView:
     """Make the view of a study from what its files hold; pure."""
     seconds = {event["round"]: float(event["seconds"]) for event in events if event.get("event") == "round"}
@@ -201,7 +232,7 @@ def view_of(
     )  # fmt: skip
     plan = None if study.privacy.mode is Mode.PLAIN else plan_of(study)
     consortium = study.privacy.mode is Mode.CONSORTIUM
-    curve = release_curve(plan, records) if plan is not None and consortium else ()
+    curve = release_curve(plan, records, stated.release) if plan is not None and consortium else ()
     return StudyView(
         directory=directory,
         id=study.study.id,
@@ -213,7 +244,7 @@ def view_of(
         rounds_planned=study.rounds,
         rounds_done=len(records),
         floor=study.cohort.min_sites,
-        sites=tuple(_site(study, site, events, rounds, failed, plan) for site in study.site_ids),
+        sites=tuple(_site(study, site, events, rounds, failed, plan, stated) for site in study.site_ids),
         rounds=rounds,
         failed=failed,
         attempt=pending,
@@ -227,12 +258,21 @@ def view_of(
     )
 
 
-def release_curve(plan: PrivacyPlan, records: Sequence[RoundRecord]) -> tuple[EpsilonPoint, ...]:
-    """Release ε after some of the served rounds, the last one among them; at most MAX_CURVE_POINTS."""
+def release_curve(
+    plan: PrivacyPlan, records: Sequence[RoundRecord], stated: Mapping[int, float]
+) -> tuple[EpsilonPoint, ...]:
+    """Release ε after some of the served rounds, the last one among them; at most MAX_CURVE_POINTS.
+
+    Where the ledger states it, that is it; else it is composed from the records.
+    """
     served = tuple(ServedRound(len(record.contributors), record.server_sigma_units) for record in records)
     step = max(1, -(-len(served) // (MAX_CURVE_POINTS - 1)))
     chosen = sorted({1, *range(step, len(served) + 1, step), len(served)}) if served else []
-    return tuple(EpsilonPoint(count, _release_epsilon(plan, served[:count])) for count in chosen)
+    points = []
+    for count in chosen:
+        epsilon = stated.get(records[count - 1].round)
+        points.append(EpsilonPoint(count, epsilon or _release_epsilon(plan, served[:count])))
+    return tuple(points)
 
 
 @lru_cache(maxsize=4096)
@@ -241,7 +281,9 @@ def _release_epsilon(plan: PrivacyPlan, served: tuple[ServedRound, ...]) -> floa
 
 
 @lru_cache(maxsize=4096)
-def _site_epsilon(plan: PrivacyPlan, charges: int) -> float:
+def _site_bound(plan: PrivacyPlan, charges: int) -> float:
+    if not charges:
+        return 0.0
     from common.privacy.accounting import SampledGaussian, epsilon_pld
 
     cost = SampledGaussian(plan.sampling_rate, plan.site_noise, charges * plan.local_steps)
@@ -255,6 +297,7 @@ def _site(
     rounds: Sequence[RoundView],
     failed: Sequence[FailedAttempt],
     plan: PrivacyPlan | None,
+    stated: StatedPrivacy,
 ) -> SiteView:
     served = [view.round for view in rounds if site in view.contributors]
     absences: dict[str, int] = {}
@@ -266,7 +309,7 @@ def _site(
         attempts.append((number, attempt, reason))
         if reason:
             absences[reason] = absences.get(reason, 0) + 1
-    reason = max(attempts)[2] if attempts else _first_reason(site, events)
+    reason = _present_reason([reason for *_, reason in sorted(attempts)], first=_first_reason(site, events))
     asked = sum(reason not in ("not-connected", "no-keys") for _, _, reason in attempts)
     charges = min(asked, study.rounds + study.privacy.spare_rounds)
     return SiteView(
@@ -277,8 +320,21 @@ def _site(
         absences=dict(sorted(absences.items())),
         reason=reason,
         advice=advice(reason) if reason else "",
-        epsilon=None if plan is None else _site_epsilon(plan, charges) if charges else 0.0,
+        epsilon=None if plan is None else stated.sites.get(site) or _site_bound(plan, charges),
+        epsilon_signed=plan is not None and site in stated.sites,
     )
+
+
+def _present_reason(reasons: Sequence[str], *, first: str) -> str:
+    """The reason of the newest attempt; where keys were only missed since, that of the absence before."""
+    if not reasons or not reasons[-1]:
+        return "" if reasons else first
+    absence: list[str] = []
+    for reason in reversed(reasons):
+        if not reason:
+            break
+        absence.append(reason)
+    return next((reason for reason in absence if reason != "no-keys"), absence[0])
 
 
 def _first_reason(site: str, events: Iterable[dict[str, Any]]) -> str:
