@@ -154,7 +154,7 @@ class Supervisor:
                 **identity,  # type: ignore[call-overload]
             )
         running.started = self._clock()
-        log.info("started a program, pid %s", running.process.pid, extra={"reason": program.name})
+        log.info("started %s, pid %s", program.name, running.process.pid, extra={"reason": program.name})
 
     def _note_end(self, running: _Running, process: subprocess.Popen[bytes]) -> None:
         _signal_group(process, signal.SIGKILL)
@@ -166,7 +166,8 @@ class Supervisor:
             running.pause_s = FIRST_PAUSE_S
         running.due = self._clock() + running.pause_s
         log.warning(
-            "a program ended, status %s; it starts again in %s s",
+            "%s ended, status %s; it starts again in %s s",
+            running.program.name,
             code,
             running.pause_s,
             extra={"reason": running.program.name},

@@ -8,15 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from common.terminal import answer, run_program
-from server import enrolment_cli
+from server import enrolment_cli, submission_cli
+from server.operator_cli import add_operator_commands
 from server.release_cli import audit_app, release_app
 
 app = typer.Typer(help="The operator's side of FedRad.", no_args_is_help=True)
 study_app = typer.Typer(help="Make, check and sign study manifests.", no_args_is_help=True)
 enrolment_cli.mount(app)
+submission_cli.mount(study_app)
 app.add_typer(study_app, name="study")
 app.add_typer(release_app, name="release")
 app.add_typer(audit_app, name="audit")
+add_operator_commands(app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Manifest = Annotated[Path, typer.Argument(metavar="STUDY", help="study.toml")]

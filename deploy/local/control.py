@@ -109,6 +109,11 @@ class Control:
             raise EngineFailed(f"the SuperLink did not start the run: {response.note or 'no reason given'}")
         return int(response.run_id)
 
+    def unfinished_runs(self) -> list[int]:
+        """Return the ids of runs that have not ended."""
+        runs = self._client.ListRuns(ListRunsRequest()).run_dict
+        return [int(run_id) for run_id, run in runs.items() if run.status.status != Status.FINISHED]
+
     def run_status(self, run_id: int) -> RunStatus:
         """Ask how a run is."""
         status = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status

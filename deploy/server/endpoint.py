@@ -1,0 +1,141 @@
+"""What an enrolled site may ask the server besides Flower: renewal, its studies, to take an approval.
+
+One HTTP call on loopback, `POST /fedrad/v1/site`, behind the consortium's proxy. Guarantees: a request counts
+only with the signature of the site's registered message key and a time within an hour of the server's; a
+revoked site is refused; an answer says the server's time, so that a site can tell how far its clock is off.
+A replayed request gives its replayer nothing: a certificate without its key, or a public manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from common.enrolment import (
+    MAX_REQUEST_BYTES,
+    Ask,
+    SiteRequest,
+    format_bundle,
+    parse_site_request,
+    verify_site_request,
+)
+from common.errors import ClockSkewed, EnrolmentInvalid, FedRadError
+from server.authority import Authority
+from server.consortium import ServerHome
+from server.enrolment import approved_site, renew
+from server.submission import offered_studies, record_approval, withdraw_approval
+
+log = logging.getLogger("fedrad.up")
+
+PATH = "/fedrad/v1/site"
+MAX_SKEW_S = 3600.0
+_TIMEOUT_S = 20.0
+_APPROVAL_FIELDS = 2
+
+Answer = dict[str, Any]
+
+
+def answer_request(home: ServerHome, authority: Authority, data: bytes, *, now: datetime) -> Answer:
+    """Check one signed request and answer it; raises the named refusal."""
+    signed = parse_site_request(data)
+    asked = signed.request
+    site = approved_site(home, asked.site)
+    verify_site_request(signed, message_key=site.message_key)
+    skew_s = asked.time_s - now.timestamp()
+    if abs(skew_s) > MAX_SKEW_S:
+        raise ClockSkewed(
+            f"site {asked.site}: expected a clock within {MAX_SKEW_S:g} s of the server's, got one that is "
+            f"{abs(skew_s):.0f} s {'ahead' if skew_s > 0 else 'behind'}"
+        )
+    log.info("a site asks", extra={"site": asked.site, "reason": asked.ask.value})
+    if asked.ask is Ask.RENEW:
+        bundle = renew(home, authority, asked.site, asked.argument, now=now)
+        return {"bundle": format_bundle(bundle).decode()}
+    if asked.ask is Ask.STUDIES:
+        return {
+            "studies": [
+                {"manifest": manifest.decode(), "signature": signature.hex()}
+                for manifest, signature in offered_studies(home, asked.site)
+            ]
+        }
+    return _take_approval(home, asked)
+
+
+def _take_approval(home: ServerHome, asked: SiteRequest) -> Answer:
+    words = asked.argument.split(" ")
+    if len(words) != _APPROVAL_FIELDS:
+        raise EnrolmentInvalid("approval: expected a study's hash and a signature, or a hyphen to withdraw")
+    study, signature = words
+    if signature == "-":
+        withdraw_approval(home, study, asked.site)
+        return {"approved": False}
+    try:
+        submitted = record_approval(home, study, asked.site, bytes.fromhex(signature))
+    except ValueError as error:
+        raise EnrolmentInvalid("approval: expected a signature in hex") from error
+    return {"approved": True, "missing": submitted.missing}
+
+
+class SiteEndpoint:
+    """The endpoint, serving in threads from `start` to `stop`."""
+
+    def __init__(
+        self, home: ServerHome, authority: Authority, *, port: int, clock: Callable[[], datetime]
+    ) -> None:
+        handler = _handler(home, authority, clock)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _handler(
+    home: ServerHome, authority: Authority, clock: Callable[[], datetime]
+) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = _TIMEOUT_S
+        server_version = "fedrad"
+        sys_version = ""
+
+        def do_POST(self) -> None:
+            status, value = 200, {}
+            try:
+                size = int(self.headers.get("Content-Length", ""))
+            except ValueError:
+                size = -1
+            if self.path != PATH or not 0 < size <= MAX_REQUEST_BYTES:
+                status, value = 404 if self.path != PATH else 413, {"error": "EnrolmentInvalid"}
+                self.close_connection = True
+            else:
+                try:
+                    value = answer_request(home, authority, self.rfile.read(size), now=clock())
+                except FedRadError as error:
+                    log.warning("a site's request was refused: %s", error)
+                    status, value = 403, {"error": error.code, "message": str(error)}
+            body = json.dumps({**value, "time_s": clock().timestamp()}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Requests are logged by what they ask, not by line."""
+
+    return Handler
