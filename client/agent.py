@@ -22,11 +22,12 @@ from client import policy
 from client.budget import Budget, BudgetLimits
 from client.contribution import local_update, noised_sum, plain_sum, round_randomness
 from client.data.store import read_pairs
-from client.home import SiteHome, read_approved_study, verify_data
+from client.home import SiteHome, read_approval, read_approved_study, verify_data
 from client.masking import MaskedRounds
 from client.models import ModelPool
-from client.state import SiteState
+from client.state import Seen, SiteState
 from client.training import TrainingData, prepare_training
+from client.witness import SiteWitness
 from common.config import Mode, Study
 from common.errors import (
     AdapterInvalid,
@@ -40,6 +41,7 @@ from common.errors import (
     WrongStage,
 )
 from common.identity import SigningKey
+from common.ledger.statements import commit, format_participation, sign_contribution
 from common.model.lora import Vector, vector_size, vector_to_bytes
 from common.privacy.sampling import Csprng
 from common.privacy.study_plan import plan_of, verify_plan
@@ -48,6 +50,7 @@ from common.protocol import (
     SERVER,
     VERSION,
     Expected,
+    Header,
     Message,
     Stage,
     open_message,
@@ -92,6 +95,7 @@ class _Running:
     study: Study
     state: SiteState
     masked: MaskedRounds
+    witness: SiteWitness
     data: TrainingData | None = None
     data_sha256: str = ""
 
@@ -110,6 +114,7 @@ class SiteAgent:
     ) -> None:
         self.home = home
         self._key: SigningKey = home.message_key()
+        self._witness_key: SigningKey = home.witness_key()
         self._models = models or ModelPool()
         self._clock = clock
         self._random = random_bytes
@@ -169,9 +174,14 @@ class SiteAgent:
 
     def _open_study(self, sha256: str) -> _Running:
         study = read_approved_study(self.home, sha256)  # every time: an approval can be withdrawn
-        if study.site(self.home.site).message_key != self._key.public:
+        pinned = study.site(self.home.site)
+        if pinned.message_key != self._key.public:
             raise StudyNotApproved(
                 f"cohort.site {self.home.site}: expected this site's message key, got another"
+            )
+        if pinned.witness_key not in ("", self._witness_key.public):
+            raise StudyNotApproved(
+                f"cohort.site {self.home.site}: expected this site's witness key, got another"
             )
         if sha256 not in self._running:
             directory = self.home.state_directory(sha256)
@@ -179,13 +189,19 @@ class SiteAgent:
                 directory / "masking", study=study, site=self.home.site, key=self._key,
                 random_bytes=self._random,
             )  # fmt: skip
-            self._running[sha256] = _Running(study, SiteState(directory, study=sha256), masked)
+            witness = SiteWitness(
+                self.home.directory / "witness", study=study, site=self.home.site, key=self._witness_key,
+                clock=self._clock,
+            )  # fmt: skip
+            self._running[sha256] = _Running(study, SiteState(directory, study=sha256), masked, witness)
         return self._running[sha256]
 
     def _serve(self, message: Message, running: _Running) -> bytes:
         stage = message.header.stage
         if stage is Stage.HELLO:
             return self._reply(message, self._hello(message, running))
+        if stage is Stage.WITNESS:
+            return self._reply(message, self._witness(message, running))
         spooled = running.state.spooled(message.header, message.sha256)
         if spooled is not None:
             return spooled
@@ -194,14 +210,12 @@ class SiteAgent:
             Stage.SHARES: self._shares,
             Stage.CONTRIBUTE: self._contribute,
             Stage.UNMASK: self._unmask,
-            Stage.FINISH: self._finish,
         }[stage]
         if stage in (Stage.KEYS, Stage.SHARES, Stage.UNMASK) and not running.study.masked:
             raise WrongStage(f"privacy.masking: expected no stage {stage.value} in this study, got one")
         reply = self._reply(message, serve(message, running))
         self._tell(running.study, message.header.round, stage, 100)
-        if stage is not Stage.FINISH:
-            running.state.spool(message.header, reply)
+        running.state.spool(message.header, reply)
         return reply
 
     def _reply(self, message: Message, body: bytes) -> bytes:
@@ -213,14 +227,19 @@ class SiteAgent:
     # --- stages -------------------------------------------------------------------------------------------
 
     def _hello(self, message: Message, running: _Running) -> bytes:
-        """Say how far this site's verified history goes; load model and data, commit the budget."""
-        unpack_body(message.body, fields={})
+        """Say how far this site's history goes; before it trains, load model and data, commit the budget."""
+        meta, _ = unpack_body(message.body, fields={"train": bool})
         seen = running.state.seen()
-        if running.study.privacy.mode is not Mode.PLAIN and seen.round + 1 < running.study.rounds:
-            verify_plan(running.study)
-            self._open_budget().commit(running.study.sha256, plan_of(running.study))
-        self._training_data(running)
-        return pack_body({"version": VERSION, "seen_round": seen.round, "seen_record": seen.record_sha256})
+        if meta["train"]:
+            if running.study.privacy.mode is not Mode.PLAIN and seen.round + 1 < running.study.rounds:
+                verify_plan(running.study)
+                self._open_budget().commit(running.study.sha256, plan_of(running.study))
+            self._training_data(running)
+        about = {
+            "version": VERSION, "seen_round": seen.round, "seen_record": seen.record_sha256,
+            "seen_size": running.witness.seen_size,
+        }  # fmt: skip
+        return pack_body(about, read_approval(self.home, running.study))
 
     def _keys(self, message: Message, running: _Running) -> bytes:
         """Advertise ephemeral keys for a round (the long form, or joining the next round)."""
@@ -240,10 +259,10 @@ class SiteAgent:
 
     def _contribute(self, message: Message, running: _Running) -> bytes:
         """Check everything, charge the budget, then draw patients and return their protected sum."""
-        meta, (opening, blob) = unpack_body(
+        meta, (opening, shown, blob) = unpack_body(
             message.body,
             fields={"adapter_sha256": str, "cohort": list, "deadline_unix_s": float, "records": list},
-            parts=2,
+            parts=3,
         )
         study, state, header = running.study, running.state, message.header
         seen = state.seen()
@@ -260,31 +279,61 @@ class SiteAgent:
             policy.verify_roster(meta["cohort"], parsed.roster)
             machine.open(parsed, adapter=meta["adapter_sha256"])
             running.masked.store(header.round, header.attempt)
+            cosignature = self._cosign(running, shown, newest)
+        else:
+            running.witness.verify_quorum(bytes(shown))
+            cosignature = b""
         state.see(newest)
         running.masked.forget_before(newest.round)
         seed = state.begin(header, message.sha256, self._random(32))
         seed = self._charge(running, message, seed)
         self._tell(study, header.round, Stage.CONTRIBUTE, 0)
-        about = {"adapter_sha256": meta["adapter_sha256"]}
         csprng = round_randomness(study, site=self.home.site, round=header.round, seed=seed)
+        upload = keys = b""
+        sent: bytes | memoryview
         if study.privacy.mode is not Mode.CONSORTIUM:
-            values = self._float_contribution(running, header.round, vector, csprng)
-            return pack_body({**about, "form": "f32"}, b"", b"", vector_to_bytes(values))
-        units = self._noised_sum(running, header.round, vector, csprng)
-        if not study.masked:
-            return pack_body({**about, "form": "u32"}, b"", b"", units.astype("<u4", copy=False).data)
-        upload = running.masked.mask(header.round, header.attempt, units)
-        keys = self._next_keys(running, header.round)
-        return pack_body(
-            {**about, "form": "masked"}, format_upload(upload), keys, units.astype("<u4", copy=False).data
-        )
+            form = "f32"
+            sent = vector_to_bytes(self._float_contribution(running, header.round, vector, csprng))
+        else:
+            form = "masked" if study.masked else "u32"
+            units = self._noised_sum(running, header.round, vector, csprng)
+            if study.masked:
+                upload = format_upload(running.masked.mask(header.round, header.attempt, units))
+                keys = self._next_keys(running, header.round)
+            sent = units.astype("<u4", copy=False).data
+        statement, commitment_key = self._state(running, header, meta["adapter_sha256"], seed, sent)
+        about = {"adapter_sha256": meta["adapter_sha256"], "form": form}
+        return pack_body(about, upload, keys, cosignature, statement, commitment_key, sent)
+
+    def _cosign(self, running: _Running, offer: memoryview, newest: Seen) -> bytes:
+        """Check the ledger's newest checkpoint and entry against this site's history, then cosign."""
+        _, (request, entry, proof) = unpack_body(bytes(offer), fields={}, parts=3)
+        record = newest.record_sha256 if newest.round >= 0 else ""
+        return running.witness.cosign(bytes(request), bytes(entry), bytes(proof), record_sha256=record)
+
+    def _state(
+        self, running: _Running, header: Header, adapter_sha256: str, seed: bytes, sent: bytes | memoryview
+    ) -> tuple[bytes, bytes]:
+        """State what this site did: a commitment to what it sends, its noise, ε spent with this round."""
+        study, spent, sigma = running.study, 0.0, 0.0
+        if study.privacy.mode is not Mode.PLAIN:
+            spent = self._open_budget().spent(study.sha256)
+            sigma = plan_of(study).site_share_sigma_units
+        commitment_key = hashlib.sha256(b"fedrad commitment key\0" + seed).digest()
+        statement = sign_contribution(
+            study, self._key, site=self.home.site, number=header.round, attempt=header.attempt,
+            adapter_in=adapter_sha256, commitment=commit(commitment_key, sent), sigma_units=sigma,
+            epsilon=spent,
+        )  # fmt: skip
+        return format_participation(statement), commitment_key
 
     def _unmask(self, message: Message, running: _Running) -> bytes:
-        """Reveal for one survivor set, and deal shares to the next round's key set when there is one."""
-        _, (survivors, key_set) = unpack_body(message.body, fields={}, parts=2)
+        """Reveal for one survivor set, once a quorum has witnessed; deal shares for the next round."""
+        _, (survivors, key_set, witnessed) = unpack_body(message.body, fields={}, parts=3)
         header = message.header
         policy.verify_turn(running.study, header, running.state.seen(), last_attempt=0)
         policy.verify_previous(header, running.state.seen())
+        running.witness.verify_quorum(bytes(witnessed))
         machine = running.masked.machine(header.round, header.attempt)
         reveal = machine.reveal(parse_survivor_set(bytes(survivors)))
         running.state.begin(header, message.sha256, self._random(32))
@@ -294,15 +343,18 @@ class SiteAgent:
             shares = self._deal(running, header.round + 1, 1, bytes(key_set))
         return pack_body({}, format_reveal(reveal), shares)
 
-    def _finish(self, message: Message, running: _Running) -> bytes:
-        """Verify the last records, remember how the study ended, and give back what is left of the budget."""
-        meta, _ = unpack_body(message.body, fields={"records": list})
-        newest = policy.extend_history(running.study, _records(meta["records"]), running.state.seen())
-        running.state.see(newest)
-        running.masked.forget_before(running.study.rounds + 1)
-        if running.study.privacy.mode is not Mode.PLAIN and newest.round == running.study.rounds - 1:
-            self._open_budget().end(running.study.sha256)
-        return pack_body({"seen_round": newest.round, "seen_record": newest.record_sha256})
+    def _witness(self, message: Message, running: _Running) -> bytes:
+        """Verify the newest records and cosign the ledger over them; after the last, give back the budget."""
+        meta, (offer,) = unpack_body(message.body, fields={"records": list}, parts=1)
+        study, state = running.study, running.state
+        newest = policy.extend_history(study, _records(meta["records"]), state.seen())
+        cosignature = self._cosign(running, offer, newest)
+        state.see(newest)
+        if newest.round == study.rounds - 1:
+            running.masked.forget_before(study.rounds + 1)
+            if study.privacy.mode is not Mode.PLAIN:
+                self._open_budget().end(study.sha256)
+        return pack_body({"seen_round": newest.round, "seen_record": newest.record_sha256}, cosignature)
 
     def _deal(self, running: _Running, round: int, attempt: int, key_set: bytes) -> bytes:
         shares = running.masked.machine(round, attempt).deal(parse_key_set(key_set))

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x63lient/agent.proto\x12\x0e\x66\x65\x64rad.site.v1\"\x15\n\x05\x46rame\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x11\n\x0fIdentifyRequest\".\n\rIdentifyReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x11\n\x0fProgressRequest\"M\n\rProgressEvent\x12\r\n\x05study\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x0f\n\x07percent\x18\x04 \x01(\r2\x8e\x04\n\tSiteAgent\x12J\n\x08Identify\x12\x1f.fedrad.site.v1.IdentifyRequest\x1a\x1d.fedrad.site.v1.IdentifyReply\x12\x39\n\x05Hello\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12\x38\n\x04Keys\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12:\n\x06Shares\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12>\n\nContribute\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12:\n\x06Unmask\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12:\n\x06\x46inish\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12L\n\x08Progress\x12\x1f.fedrad.site.v1.ProgressRequest\x1a\x1d.fedrad.site.v1.ProgressEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x63lient/agent.proto\x12\x0e\x66\x65\x64rad.site.v1\"\x15\n\x05\x46rame\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x11\n\x0fIdentifyRequest\".\n\rIdentifyReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x11\n\x0fProgressRequest\"M\n\rProgressEvent\x12\r\n\x05study\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x0f\n\x07percent\x18\x04 \x01(\r2\x8f\x04\n\tSiteAgent\x12J\n\x08Identify\x12\x1f.fedrad.site.v1.IdentifyRequest\x1a\x1d.fedrad.site.v1.IdentifyReply\x12\x39\n\x05Hello\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12\x38\n\x04Keys\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12:\n\x06Shares\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12>\n\nContribute\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12:\n\x06Unmask\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12;\n\x07Witness\x12\x15.fedrad.site.v1.Frame\x1a\x15.fedrad.site.v1.Frame(\x01\x30\x01\x12L\n\x08Progress\x12\x1f.fedrad.site.v1.ProgressRequest\x1a\x1d.fedrad.site.v1.ProgressEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,5 +42,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROGRESSEVENT']._serialized_start=147
   _globals['_PROGRESSEVENT']._serialized_end=224
   _globals['_SITEAGENT']._serialized_start=227
-  _globals['_SITEAGENT']._serialized_end=753
+  _globals['_SITEAGENT']._serialized_end=754
 # @@protoc_insertion_point(module_scope)

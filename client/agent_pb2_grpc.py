@@ -66,8 +66,8 @@ class SiteAgentStub:
                 request_serializer=client_dot_agent__pb2.Frame.SerializeToString,
                 response_deserializer=client_dot_agent__pb2.Frame.FromString,
                 _registered_method=True)
-        self.Finish = channel.stream_stream(
-                '/fedrad.site.v1.SiteAgent/Finish',
+        self.Witness = channel.stream_stream(
+                '/fedrad.site.v1.SiteAgent/Witness',
                 request_serializer=client_dot_agent__pb2.Frame.SerializeToString,
                 response_deserializer=client_dot_agent__pb2.Frame.FromString,
                 _registered_method=True)
@@ -119,7 +119,7 @@ class SiteAgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Finish(self, request_iterator, context):
+    def Witness(self, request_iterator, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,8 +164,8 @@ def add_SiteAgentServicer_to_server(servicer, server):
                     request_deserializer=client_dot_agent__pb2.Frame.FromString,
                     response_serializer=client_dot_agent__pb2.Frame.SerializeToString,
             ),
-            'Finish': grpc.stream_stream_rpc_method_handler(
-                    servicer.Finish,
+            'Witness': grpc.stream_stream_rpc_method_handler(
+                    servicer.Witness,
                     request_deserializer=client_dot_agent__pb2.Frame.FromString,
                     response_serializer=client_dot_agent__pb2.Frame.SerializeToString,
             ),
@@ -350,7 +350,7 @@ class SiteAgent:
             _registered_method=True)
 
     @staticmethod
-    def Finish(request_iterator,
+    def Witness(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -363,7 +363,7 @@ class SiteAgent:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/fedrad.site.v1.SiteAgent/Finish',
+            '/fedrad.site.v1.SiteAgent/Witness',
             client_dot_agent__pb2.Frame.SerializeToString,
             client_dot_agent__pb2.Frame.FromString,
             options,

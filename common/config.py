@@ -217,6 +217,26 @@ class EvaluationSection:
 
 
 @dataclass(frozen=True)
+class AcceptanceSection:
+    """The operator's test of every new adapter on a public set; 0 rounds: none.
+
+    Where the mean loss per report token on the public set rises by more than `max_increase` nats over that of
+    the last accepted adapter, or is not finite, the study goes back to that adapter.
+    """
+
+    every_rounds: int = _number(0, 100_000, default=0)
+    max_increase: float = _number(0, 100, default=0.1)
+    public_sha256: str = _text(r"(?:[0-9a-f]{64})?", "64 hex digits", default="")
+
+
+@dataclass(frozen=True)
+class AuditSection:
+    """What the operator keeps for auditors: every so many rounds the masked contributions; 0: none."""
+
+    retain_every_rounds: int = _number(0, 100_000, default=0)
+
+
+@dataclass(frozen=True)
 class TestingSection:
     """Seeded draws and noise for tests and comparisons; the result of such a study is never released."""
 
@@ -238,6 +258,8 @@ class Study:
     optimizer: OptimizerSection = OptimizerSection()
     privacy: PrivacySection = PrivacySection()
     evaluation: EvaluationSection = EvaluationSection()
+    acceptance: AcceptanceSection = AcceptanceSection()
+    audit: AuditSection = AuditSection()
     testing: TestingSection | None = None
 
     @property
@@ -315,6 +337,8 @@ def verify_resolved(study: Study) -> None:
         raise ManifestInvalid("cohort.operator_key: expected the operator's public key, got none")
     if study.privacy.mode is not Mode.PLAIN and not (study.privacy.site_noise and study.privacy.delta):
         raise ManifestInvalid("privacy.site_noise: expected the calibrated noise multipliers, got none")
+    if study.acceptance.every_rounds and not study.acceptance.public_sha256:
+        raise ManifestInvalid("acceptance.public_sha256: expected the hash of the public set, got none")
     for site in study.cohort.site:
         if not site.message_key:
             raise ManifestInvalid(f"cohort.site {site.id}: expected a message_key, got none")

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 
-def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+def write_atomic(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> None:
     """Write bytes to `path` by temp file, fsync, rename and directory fsync."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -53,7 +53,7 @@ class Stage(StrEnum):
     SHARES = "shares"
     CONTRIBUTE = "contribute"
     UNMASK = "unmask"
-    FINISH = "finish"
+    WITNESS = "witness"
 
 
 class Kind(StrEnum):

@@ -7,7 +7,7 @@ before anything else sees the sum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,10 @@ import numpy.typing as npt
 from common.canonical import sha256_hex
 from common.config import Mode, Study
 from common.errors import AdapterInvalid
+from common.ledger.entries import Participation
 from common.model.lora import group_mask, vector_size
 from common.privacy.sampling import Csprng
+from common.records import RoundRecord, SignedRecord
 from common.schedule import active_groups
 
 Floats = npt.NDArray[np.float32]
@@ -26,12 +28,16 @@ Units = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Collected:
-    """One round's sum over `contributions` (site → SHA-256 of what it sent); floats or units, by mode."""
+    """One round's sum over `contributions` (site → SHA-256 of what it sent); floats or units, by mode.
+
+    aggregate: the keyed commitment to the sum of the contributions as they came, where they are integers.
+    """
 
     contributions: dict[str, str]
     missing: dict[str, str]
     floats: Mapping[str, Floats] | None = None
     units: Units | None = None
+    aggregate: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,29 @@ def protect(study: Study, collected: Collected, *, round: int) -> Protected:
     return Protected(
         gradient.astype(np.float32), plan.site_share_sigma_units, plan.server_topup_sigma_units(survivors)
     )
+
+
+def release_epsilon(
+    study: Study,
+    before: Sequence[SignedRecord],
+    record: RoundRecord,
+    statements: Iterable[Participation],
+    stated_before: float,
+) -> float:
+    """Return what the released sums cost so far, this round's record included; 0 in mode plain.
+
+    In mode local nothing but the sites' own noise protects the release: the largest site ε is stated.
+    """
+    if study.privacy.mode is Mode.PLAIN:
+        return 0.0
+    if study.privacy.mode is Mode.LOCAL:
+        return max([stated_before, *(part.epsilon for part in statements)])
+    from common.privacy.mechanism import ServedRound, View
+    from common.privacy.study_plan import plan_of
+
+    records = [*(signed.record for signed in before), record]
+    served = [ServedRound(len(r.contributors), r.server_sigma_units) for r in records]
+    return plan_of(study).epsilon(View.RELEASE, served)
 
 
 def _average(study: Study, floats: Mapping[str, Floats]) -> Floats:

@@ -1,16 +1,19 @@
 """The Flower ServerApp: one study's rounds from top to bottom.
 
 Open the directory, meet the sites, then for each round: fix the attempt, ask every site for one gradient sum,
-add the sums, take one optimizer step, sign the record, make it durable. A round below its floor is named in
-the log with the missing sites and repeated or ended as the manifest says. Kill the process anywhere: the
-same command goes on from the last durable step and asks again for exactly what it asked before.
+add the sums, take one optimizer step, sign the record, make it durable, log it. The sites witness the log:
+what they send stays masked until a quorum has cosigned it. A round below its floor is named in the log with
+the missing sites and repeated or ended as the manifest says. Kill the process anywhere: the same command goes
+on from the last durable step and asks again for exactly what it asked before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flwr.app import Context
@@ -18,20 +21,35 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.canonical import canonical_json
 from common.config import Study
-from common.errors import CheckpointInvalid, FedRadError, RoundFailed
+from common.errors import CheckpointInvalid, FedRadError, QuorumNotReached, RoundFailed
 from common.files import write_atomic
 from common.identity import SigningKey, load_key
+from common.ledger.entries import EndReason, Outcome, StudyEnd
+from common.ledger.entries import RoundRecord as LoggedRound
+from common.ledger.release_proof import origin_of
+from common.ledger.sbom import code_sha256, dependencies_sha256, software
+from common.ledger.statements import make_round
 from common.model.lora import Vector, read_adapter, vector_sha256, vector_size
 from common.privacy.study_plan import verify_plan
 from common.protocol import Message
-from common.records import sign_record
+from common.records import SignedRecord, sign_record
 from common.schedule import active_groups, learning_rate
-from server.aggregation import Collected, protect
+from server.aggregation import Collected, protect, release_epsilon
+from server.bundles import LEDGER_NAME
 from server.checkpoint import Pending, StudyDirectory, StudyState
 from server.cohort import Cohort
-from server.collect import Attempt, MaskingBook, collect_direct, collect_masked
+from server.collect import Attempt, MaskingBook, collect_direct, collect_masked, witness_first
+from server.log import Log
 from server.optimizer import take_step
-from server.round import finish_request, hello_request, make_record, parse_hello, plan_attempt
+from server.round import (
+    hello_request,
+    make_record,
+    parse_hello,
+    parse_witnessed,
+    plan_attempt,
+    witness_request,
+)
+from server.study_log import StudyLog, cosign_or_name
 
 log = logging.getLogger("fedrad.server")
 app = ServerApp()
@@ -44,50 +62,79 @@ def main(grid: Grid, context: Context) -> None:
     run_study(grid, Path(str(context.run_config["study-dir"])))
 
 
+@dataclass(frozen=True)
+class Run:
+    """One process's run of a study: what every step needs, and what the sites said in their hellos."""
+
+    opened: StudyDirectory
+    key: SigningKey
+    cohort: Cohort
+    log: StudyLog
+    clock: Clock
+    code: str
+    lockfile: str
+    histories: dict[str, int] = field(default_factory=dict)
+    approvals: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def study(self) -> Study:
+        return self.opened.study
+
+    def patience(self) -> float:
+        """Until when to wait for a short answer."""
+        return self.clock() + min(60.0, self.study.cohort.deadline_s)
+
+
 def run_study(grid: Grid, directory: Path, *, clock: Clock = time.time) -> StudyState:
-    """Run a signed study's remaining rounds; raises RoundFailed when the manifest says to end."""
-    opened = StudyDirectory(directory)
-    try:
-        study, key = opened.study, load_key(opened.key_path)
-        verify_plan(study)
-        state = opened.load_state(_initial_adapter(opened))
-        cohort = Cohort(grid, study, clock=clock)
-        opened.log("started", round=state.round + 1, rounds=study.rounds, study=study.sha256)
-        histories = _meet(opened, key, cohort, clock) if state.round + 1 < study.rounds else {}
-        while state.round + 1 < study.rounds:
-            state = _run_round(opened, key, cohort, state, histories, clock)
-        _finish(opened, key, cohort, state, histories, clock)
+    """Run a signed study's remaining rounds; raises RoundFailed when the manifest says to end.
+
+    A study that has ended is witnessed once more: what was logged since (a release) gets its cosignatures.
+    """
+    with _opened(grid, directory, clock) as run:
+        verify_plan(run.study)
+        state = run.opened.load_state(_initial_adapter(run.opened))
+        run.log.add_sealed(run.opened.round_entries())
+        run.opened.log("started", round=state.round + 1, rounds=run.study.rounds, study=run.study.sha256)
+        if state.round + 1 < run.study.rounds:
+            _meet(run)
+        while state.round + 1 < run.study.rounds:
+            state = _run_round(run, state)
+        _finish(run, state)
         return state
-    finally:
-        opened.close()
 
 
-def _run_round(
-    opened: StudyDirectory,
-    key: SigningKey,
-    cohort: Cohort,
-    state: StudyState,
-    histories: dict[str, int],
-    clock: Clock,
-) -> StudyState:
-    """Attempt a round until its sum is there, then step, record and save."""
-    study, round = opened.study, state.round + 1
-    pending = opened.pending()
+@contextlib.contextmanager
+def _opened(grid: Grid, directory: Path, clock: Clock) -> Iterator[Run]:
+    """Hold the study directory and its log for this process."""
+    with contextlib.closing(StudyDirectory(directory)) as opened:
+        study, key = opened.study, load_key(opened.key_path)
+        with Log(directory / LEDGER_NAME, origin=origin_of(study), private_key=key.private) as book:
+            yield Run(
+                opened, key, Cohort(grid, study, clock=clock), StudyLog(book, study, key, clock=clock), clock,
+                code_sha256(), dependencies_sha256(),
+            )  # fmt: skip
+
+
+def _run_round(run: Run, state: StudyState) -> StudyState:
+    """Attempt a round until its sum is there, then step, record, save and log."""
+    study, round = run.study, state.round + 1
+    pending = run.opened.pending()
     if pending is None or pending.round != round:
-        pending = _new_attempt(opened, key, cohort, histories, round=round, attempt=1, clock=clock)
+        pending = _new_attempt(run, round=round, attempt=1)
+    elif run.log.has_attempt(round, pending.attempt):
+        pending = _new_attempt(run, round=round, attempt=pending.attempt + 1)
     else:
-        cohort.present(wait_s=study.cohort.deadline_s, at_least=len(pending.cohort))
+        run.cohort.present(wait_s=study.cohort.deadline_s, at_least=len(pending.cohort))
     while True:
-        started = clock()
-        collected, reason = _collect(Attempt(opened, key, cohort, state, pending, histories, clock))
+        started = run.clock()
+        attempt = Attempt(run.opened, run.key, run.cohort, state, pending, run.log, run.clock)
+        collected, reason = _collect(attempt)
         served = len(collected.contributions)
         missing = _missing(study, pending, collected)
         if not reason and served >= study.cohort.min_sites:
             break
-        _name_failure(opened, pending, missing, served, reason)
-        pending = _new_attempt(
-            opened, key, cohort, histories, round=round, attempt=pending.attempt + 1, clock=clock
-        )
+        _name_failure(run, attempt, missing, served, reason)
+        pending = _new_attempt(run, round=round, attempt=pending.attempt + 1)
 
     protected = protect(study, collected, round=round)
     adapter, optimizer, step_norm = take_step(
@@ -107,120 +154,124 @@ def _run_round(
         missing=missing,
         site_share_sigma_units=protected.site_share_sigma_units,
         server_sigma_units=protected.server_sigma_units,
-        now_unix_s=clock(),
+        now_unix_s=run.clock(),
     )
+    signed = sign_record(run.key, record)
+    entry = _logged_round(run, attempt, collected, signed)
     after = StudyState(round, adapter, optimizer, record.sha256)
-    opened.save_round(after, sign_record(key, record))
-    opened.clear_pending()
+    sealed = run.log.seal([entry])
+    run.opened.save_round(after, signed, sealed)
+    run.log.add_sealed(sealed)
+    run.opened.clear_pending()
     for site in collected.contributions:
-        histories[site] = round - 1
-    _log_round(opened, cohort, pending, missing, step_norm=step_norm, seconds=clock() - started)
+        run.histories[site] = round - 1
+    _log_round(run, pending, missing, step_norm=step_norm, seconds=run.clock() - started)
     return after
 
 
 def _collect(attempt: Attempt) -> tuple[Collected, str]:
-    """Collect an attempt's sum; a masked one that ends without a sum gives none and the reason."""
-    if not attempt.study.masked:
-        return collect_direct(attempt), ""
+    """Collect an attempt's sum; one that ends without a sum gives none and the reason."""
     missing: dict[str, str] = {}
     try:
-        return collect_masked(attempt, MaskingBook(attempt.opened.directory, attempt.study), missing), ""
+        if attempt.study.masked:
+            return collect_masked(attempt, MaskingBook(attempt.opened.directory, attempt.study), missing), ""
+        return collect_direct(replace(attempt, pending=witness_first(attempt))), ""
     except FedRadError as error:
         return Collected({}, missing), f"{error.code}: {error}"
 
 
-def _new_attempt(
-    opened: StudyDirectory,
-    key: SigningKey,
-    cohort: Cohort,
-    histories: dict[str, int],
-    *,
-    round: int,
-    attempt: int,
-    clock: Clock,
-) -> Pending:
+def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
     """Choose the cohort of a new attempt and make its random parts durable before anything is sent.
 
     A site that was not ready before is greeted first; one that is not ready now stays out of this attempt.
     """
-    study = opened.study
+    study = run.study
     if attempt > study.cohort.max_attempts:
         raise RoundFailed(
             f"round {round}: expected at most {study.cohort.max_attempts} attempts (cohort.max_attempts), "
             "got no further one; see log.jsonl for the missing sites"
         )
-    present = cohort.present(wait_s=study.cohort.deadline_s, at_least=study.cohort.min_sites)
-    newcomers = [site for site in present if site not in histories]
-    _greet(
-        opened, key, cohort, histories, newcomers, until_unix_s=clock() + min(60.0, study.cohort.deadline_s)
-    )
-    ready = [site for site in present if site in histories]
+    present = run.cohort.present(wait_s=study.cohort.deadline_s, at_least=study.cohort.min_sites)
+    newcomers = [site for site in present if site not in run.histories]
+    _greet(run, newcomers, until_unix_s=run.patience())
+    run.log.open(run.approvals, code=run.code, lockfile=run.lockfile, software=software())
+    ready = [site for site in present if site in run.histories]
     pending = plan_attempt(
-        study, round=round, attempt=attempt, cohort=ready, histories=histories, now_unix_s=clock()
-    )
-    opened.save_pending(pending)
+        study, round=round, attempt=attempt, cohort=ready, histories=run.histories, sizes=run.log.sizes,
+        now_unix_s=run.clock(),
+    )  # fmt: skip
+    run.opened.save_pending(pending)
     return pending
 
 
-def _meet(opened: StudyDirectory, key: SigningKey, cohort: Cohort, clock: Clock) -> dict[str, int]:
+def _meet(run: Run) -> None:
     """Wait for the sites, let each load what it needs, and learn how far each one's history goes."""
-    study = opened.study
-    present = cohort.present(wait_s=study.cohort.deadline_s, at_least=len(study.cohort.site))
-    histories: dict[str, int] = {}
-    missing = _greet(opened, key, cohort, histories, present, until_unix_s=clock() + study.cohort.deadline_s)
-    if len(histories) < study.cohort.min_sites:
+    study = run.study
+    present = run.cohort.present(wait_s=study.cohort.deadline_s, at_least=len(study.cohort.site))
+    missing = _greet(run, present, until_unix_s=run.clock() + study.cohort.deadline_s)
+    if len(run.histories) < study.cohort.min_sites:
         reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
         raise RoundFailed(
             f"expected at least {study.cohort.min_sites} sites ready (cohort.min_sites), "
-            f"got {len(histories)}: {reasons or 'nobody connected'}"
+            f"got {len(run.histories)}: {reasons or 'nobody connected'}"
         )
-    return histories
 
 
-def _greet(
-    opened: StudyDirectory,
-    key: SigningKey,
-    cohort: Cohort,
-    histories: dict[str, int],
-    sites: Iterable[str],
-    *,
-    until_unix_s: float,
-) -> dict[str, str]:
-    """Say hello, note in `histories` how far each ready site has seen; returns who is not, and why."""
+def _greet(run: Run, sites: Iterable[str], *, until_unix_s: float, train: bool = True) -> dict[str, str]:
+    """Say hello and note what each ready site has seen and approved; returns who is not ready, and why.
+
+    train: whether a site loads model and data, and commits its budget, before it calls itself ready.
+    """
 
     def accept(site: str, reply: Message) -> None:
-        histories[site] = parse_hello(reply)
+        hello = parse_hello(reply)
+        run.log.saw(site, hello.seen_size)
+        run.approvals[site] = hello.approval
+        run.histories[site] = hello.seen_round
 
-    requests = {site: hello_request(key, opened.study, site) for site in sites}
+    requests = {site: hello_request(run.key, run.study, site, train=train) for site in sites}
     if not requests:
         return {}
-    outcome = cohort.exchange(requests, accept=accept, until_unix_s=until_unix_s)
+    outcome = run.cohort.exchange(requests, accept=accept, until_unix_s=until_unix_s)
     for site, reason in sorted(outcome.missing.items()):
-        opened.log("site-not-ready", site=site, reason=reason)
+        run.opened.log("site-not-ready", site=site, reason=reason)
         log.warning("site %s is not ready: %s", site, reason)
     return outcome.missing
 
 
-def _finish(
-    opened: StudyDirectory,
-    key: SigningKey,
-    cohort: Cohort,
-    state: StudyState,
-    histories: dict[str, int],
-    clock: Clock,
-) -> None:
-    """Show every reachable site the last records and write what the run cost."""
-    study = opened.study
+def _finish(run: Run, state: StudyState) -> None:
+    """Log the end, show every reachable site the last records, and have the whole log witnessed."""
+    adapter = vector_sha256(state.adapter)
+    run.log.add(
+        StudyEnd(
+            reason=EndReason.COMPLETED, number=state.round, adapter=adapter,
+            release_epsilon=run.log.release_epsilon,
+        )
+    )  # fmt: skip
+    present = run.cohort.present(wait_s=min(60.0, run.study.cohort.deadline_s), at_least=1)
+    unknown = [site for site in present if site not in run.histories]
+    _greet(run, unknown, train=False, until_unix_s=run.patience())
+
+    def accept(site: str, reply: Message) -> None:
+        cosign_or_name(run.log, site, parse_witnessed(reply))
+
     requests = {
-        site: finish_request(key, study, site, state, opened.records[histories.get(site, -1) + 1 :])
-        for site in cohort.present(wait_s=0.0, at_least=1)
-    }
-    outcome = cohort.exchange(
-        requests, accept=lambda site, reply: None, until_unix_s=clock() + min(60.0, study.cohort.deadline_s)
-    )
+        site: witness_request(
+            run.key, run.study, site, state, run.opened.records[run.histories.get(site, -1) + 1 :],
+            run.log.offer(run.log.sizes.get(site, 0)),
+        )
+        for site in present
+        if site in run.histories
+    }  # fmt: skip
+    outcome = run.cohort.exchange(requests, accept=accept, until_unix_s=run.patience())
     for site, reason in sorted(outcome.missing.items()):
-        opened.log("finish-not-acknowledged", site=site, reason=reason)
-    opened.log("finished", rounds=study.rounds, adapter=vector_sha256(state.adapter))
+        run.opened.log("finish-not-acknowledged", site=site, reason=reason)
+    try:
+        run.log.witnessed()
+    except QuorumNotReached as error:
+        run.opened.log("end-not-witnessed", reason=str(error))
+        log.warning("the log's end is not witnessed yet: %s; run the study again to ask once more", error)
+    run.opened.log("finished", rounds=run.study.rounds, adapter=adapter)
 
 
 def _initial_adapter(opened: StudyDirectory) -> Vector:
@@ -243,11 +294,21 @@ def _missing(study: Study, pending: Pending, collected: Collected) -> dict[str, 
     return {**missing, **collected.missing}
 
 
-def _name_failure(
-    opened: StudyDirectory, pending: Pending, missing: dict[str, str], served: int, why: str
-) -> None:
-    study = opened.study
-    opened.log(
+def _name_failure(run: Run, attempt: Attempt, missing: dict[str, str], served: int, why: str) -> None:
+    """Write a failed attempt into log and ledger; raises RoundFailed where the manifest says to end."""
+    study, pending = run.study, attempt.pending
+    run.log.add_round(
+        make_round(
+            study, number=pending.round, attempt=pending.attempt, outcome=Outcome.FAILED,
+            adapter_in=vector_sha256(attempt.state.adapter), cohort=pending.cohort,
+            participations=attempt.statements.values(), release_epsilon=run.log.release_epsilon,
+            code=run.code, lockfile=run.lockfile,
+        )
+    )  # fmt: skip
+    for site, reason in missing.items():
+        if reason.startswith("WitnessBehind"):
+            run.histories.pop(site, None)  # asked again where it stands
+    run.opened.log(
         "round-failed", round=pending.round, attempt=pending.attempt, served=served,
         floor=study.cohort.min_sites, missing=missing, reason=why,
     )  # fmt: skip
@@ -262,21 +323,42 @@ def _name_failure(
         raise RoundFailed(message)
 
 
+def _logged_round(run: Run, attempt: Attempt, collected: Collected, signed: SignedRecord) -> LoggedRound:
+    """Write a served round down for the ledger; a site that answered and is not in the sum took part too."""
+    study, pending, record = run.study, attempt.pending, signed.record
+    parts = [replace(p, summed=site in collected.contributions) for site, p in attempt.statements.items()]
+    return make_round(
+        study,
+        number=pending.round,
+        attempt=pending.attempt,
+        outcome=Outcome.RELEASED,
+        adapter_in=record.adapter_in,
+        adapter_out=record.adapter_out,
+        cohort=pending.cohort,
+        participations=parts,
+        server_sigma_units=record.server_sigma_units,
+        release_epsilon=release_epsilon(study, run.opened.records, record, parts, run.log.release_epsilon),
+        aggregate=collected.aggregate,
+        record=record.sha256,
+        code=run.code,
+        lockfile=run.lockfile,
+    )
+
+
 def _log_round(
-    opened: StudyDirectory,
-    cohort: Cohort,
+    run: Run,
     pending: Pending,
     missing: dict[str, str],
     *,
     step_norm: float,
     seconds: float,
 ) -> None:
-    opened.log(
+    run.opened.log(
         "round", round=pending.round, attempt=pending.attempt, cohort=list(pending.cohort),
         missing=missing, seconds=round(seconds, 4), step_norm=step_norm,
     )  # fmt: skip
-    size = 4 * vector_size(opened.study.adapter.tensors)
+    size = 4 * vector_size(run.study.adapter.tensors)
     traffic = {
-        "adapter_bytes": size, "messages": cohort.traffic.messages, "bytes": cohort.traffic.bytes,
+        "adapter_bytes": size, "messages": run.cohort.traffic.messages, "bytes": run.cohort.traffic.bytes,
     }  # fmt: skip
-    write_atomic(opened.directory / "traffic.json", canonical_json(traffic))
+    write_atomic(run.opened.directory / "traffic.json", canonical_json(traffic))

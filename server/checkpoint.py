@@ -18,7 +18,8 @@ import fcntl
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -51,7 +52,8 @@ class StudyState:
 class Pending:
     """The attempt in progress: all that its requests hold beyond the state, so they can be made again.
 
-    `histories` maps a site to the last round whose record it has verified, as known when the attempt began.
+    `histories` maps a site to the last round whose record it has verified and `sizes` to the size of the log
+    it has seen, as known when the attempt began; `witnessed` is the checkpoint shown once a quorum cosigned.
     """
 
     round: int
@@ -60,6 +62,8 @@ class Pending:
     deadline_unix_s: float
     nonce: str
     histories: dict[str, int]
+    sizes: dict[str, int] = field(default_factory=dict)
+    witnessed: str = ""
 
 
 class StudyDirectory:
@@ -123,8 +127,11 @@ class StudyDirectory:
             raise CheckpointInvalid(f"{path}: expected record {state['record_sha256'][:16]}…, got another")
         return StudyState(state["round"], adapter, optimizer, state["record_sha256"])
 
-    def save_round(self, state: StudyState, signed: SignedRecord) -> None:
-        """Make a round durable: its state first, then its record; `load_state` mends a crash between."""
+    def save_round(self, state: StudyState, signed: SignedRecord, entries: Sequence[bytes] = ()) -> None:
+        """Make a round durable: its state first, then its record; `load_state` mends a crash between.
+
+        `entries` are the round's ledger entries: who opens the directory logs those that are not yet.
+        """
         staging = self.directory / "rounds" / f".{state.round:06d}.partial"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -139,6 +146,7 @@ class StudyDirectory:
             "steps": state.optimizer.steps,
             "record_sha256": state.record_sha256,
             "record": signed_to_json(signed),
+            "entries": [entry.decode() for entry in entries],
         }
         write_atomic(staging / "state.json", canonical_json(value))
         final = self.directory / "rounds" / f"{state.round:06d}"
@@ -152,6 +160,13 @@ class StudyDirectory:
                 (old / "optimizer.npz").unlink(missing_ok=True)
             else:
                 shutil.rmtree(old)
+
+    def round_entries(self) -> list[bytes]:
+        """Return the ledger entries of the newest whole round."""
+        rounds = self._rounds()
+        if not rounds:
+            return []
+        return [entry.encode() for entry in json.loads((rounds[-1] / "state.json").read_text())["entries"]]
 
     def pending(self) -> Pending | None:
         """Read the attempt in progress, None when there is none."""

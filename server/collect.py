@@ -9,8 +9,9 @@ sends the same again; at most one masked vector is in memory besides the sum.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from common.config import Mode, Study
 from common.errors import FedRadError
 from common.files import write_atomic
 from common.identity import SigningKey
+from common.ledger.entries import Participation
+from common.ledger.statements import commit, format_participation, parse_participation
 from common.model.lora import vector_sha256, vector_size
 from common.protocol import Message, Stage, pack_body, unpack_body
 from common.records import SignedRecord
@@ -38,8 +41,18 @@ from common.secagg.study_terms import round_terms
 from server.aggregation import Collected, Floats, Units, parse_floats, parse_units
 from server.checkpoint import Pending, StudyDirectory, StudyState
 from server.cohort import Cohort
-from server.round import contribute_body, parse_contribution, stage_request
+from server.round import (
+    Contribution,
+    contribute_body,
+    pack_offer,
+    parse_contribution,
+    parse_witnessed,
+    stage_request,
+    verify_statement,
+    witness_request,
+)
 from server.secagg import ServerRound, ServerStage
+from server.study_log import StudyLog, cosign_or_name
 
 
 @dataclass(frozen=True)
@@ -51,8 +64,9 @@ class Attempt:
     cohort: Cohort
     state: StudyState
     pending: Pending
-    histories: dict[str, int]
+    log: StudyLog
     clock: Callable[[], float]
+    statements: dict[str, Participation] = field(default_factory=dict)
 
     @property
     def study(self) -> Study:
@@ -71,10 +85,26 @@ class Attempt:
 
     def contribute(self, site: str, *, cohort: Sequence[str], opening: bytes = b"") -> bytes:
         """Sign a site's contribute request with the records that it has not seen."""
-        first = self.pending.histories.get(site, -1) + 1
-        records: list[SignedRecord] = self.opened.records[first : self.pending.round]
-        body = contribute_body(self.state, self.pending, records, cohort=cohort, opening=opening)
+        body = contribute_body(
+            self.state, self.pending, self.unseen(site), cohort=cohort, opening=opening,
+            shown=pack_offer(self.log.offer(self.pending.sizes[site])) if self.study.masked
+            else self.pending.witnessed.encode(),
+        )  # fmt: skip
         return self.request(Stage.CONTRIBUTE, site, body)
+
+    def unseen(self, site: str) -> list[SignedRecord]:
+        """The records before this round that a site has not verified."""
+        return self.opened.records[self.pending.histories.get(site, -1) + 1 : self.pending.round]
+
+    def take(self, site: str, reply: Message, *, form: str) -> Contribution:
+        """Read a contribution, keep the site's cosignature and statement; raises what parsing raises."""
+        adapter = vector_sha256(self.state.adapter)
+        contribution = parse_contribution(reply, site=site, form=form, adapter_sha256=adapter)
+        verify_statement(self.study, contribution.statement, self.pending, adapter_in=adapter)
+        if contribution.cosignature:
+            cosign_or_name(self.log, site, contribution.cosignature)
+        self.statements[site] = contribution.statement
+        return contribution
 
     def until(self) -> float:
         """When to stop waiting: the attempt's deadline, or as long again where it was taken up after it."""
@@ -88,26 +118,78 @@ def collect_direct(attempt: Attempt) -> Collected:
     digests: dict[str, str] = {}
     units = np.zeros(vector_size(study.adapter.tensors), np.uint32)
     consortium = study.privacy.mode is Mode.CONSORTIUM
-    adapter = vector_sha256(attempt.state.adapter)
+    retained = Retained(attempt.opened.directory, study, attempt.pending)
 
     def accept(site: str, reply: Message) -> None:
-        form = "u32" if consortium else "f32"
-        *_, blob = parse_contribution(reply, site=site, form=form, adapter_sha256=adapter)
+        contribution = attempt.take(site, reply, form="u32" if consortium else "f32")
         if consortium:
-            np.add(units, parse_units(blob, study=study, site=site), out=units)
+            np.add(units, parse_units(contribution.vector, study=study, site=site), out=units)
+            retained.keep(site, contribution)
         else:
-            floats[site] = parse_floats(blob, study=study, site=site)
+            floats[site] = parse_floats(contribution.vector, study=study, site=site)
         digests[site] = sha256_hex(reply.body)
 
     requests = {
         site: attempt.contribute(site, cohort=attempt.pending.cohort) for site in attempt.pending.cohort
     }
     outcome = attempt.cohort.exchange(requests, accept=accept, until_unix_s=attempt.until())
-    return (
-        Collected(digests, outcome.missing, units=units)
-        if consortium
-        else Collected(digests, outcome.missing, floats=floats)
-    )
+    if not consortium:
+        return Collected(digests, outcome.missing, floats=floats)
+    aggregate = retained.close(units, digests)
+    return Collected(digests, outcome.missing, units=units, aggregate=aggregate)
+
+
+def witness_first(attempt: Attempt) -> Pending:
+    """Have the sites cosign before they contribute, where no second exchange of the round shows the quorum.
+
+    Returns the attempt with the witnessed checkpoint, durable. Raises QuorumNotReached.
+    """
+    pending = attempt.pending
+    if pending.witnessed:
+        return pending
+
+    def accept(site: str, reply: Message) -> None:
+        cosign_or_name(attempt.log, site, parse_witnessed(reply))
+
+    requests = {
+        site: witness_request(
+            attempt.key, attempt.study, site, attempt.state, attempt.unseen(site),
+            attempt.log.offer(pending.sizes[site]),
+        )
+        for site in pending.cohort
+    }  # fmt: skip
+    patience_s = min(60.0, attempt.study.cohort.deadline_s / 4)  # the deadline is for the contributions
+    attempt.cohort.exchange(requests, accept=accept, until_unix_s=attempt.clock() + patience_s)
+    pending = replace(pending, witnessed=attempt.log.witnessed().decode())
+    attempt.opened.save_pending(pending)
+    return pending
+
+
+class Retained:
+    """The contributions as they came, kept for auditors in the rounds that the manifest names."""
+
+    def __init__(self, directory: Path, study: Study, pending: Pending) -> None:
+        every = study.audit.retain_every_rounds
+        self._kept = bool(every) and (pending.round + 1) % every == 0
+        self._folder = directory / "retained" / f"{pending.round}-{pending.attempt}"
+
+    def keep(self, site: str, contribution: Contribution) -> None:
+        """Keep one contribution with the key that opens its commitment."""
+        if self._kept:
+            write_atomic(self._folder / f"{site}.bin", contribution.vector)
+            write_atomic(self._folder / f"{site}.key", contribution.commitment_key)
+
+    def close(self, total: Units, sites: Iterable[str]) -> str:
+        """Commit to the sum of what came, keep the opening, and drop what is not in the sum."""
+        key = secrets.token_bytes(32)
+        if self._kept:
+            stored = self._folder / "aggregate.key"
+            key = stored.read_bytes() if stored.is_file() else key
+            write_atomic(stored, key)
+            for path in self._folder.iterdir():
+                if path.stem not in {*sites, "aggregate"}:
+                    path.unlink()
+        return commit(key, total.astype("<u4", copy=False).data)
 
 
 class MaskingBook:
@@ -116,6 +198,7 @@ class MaskingBook:
     def __init__(self, directory: Path, study: Study) -> None:
         self._path = directory / "masking.json"
         self.total_path = directory / "total.u32"
+        self._statements_path = directory / "statements.json"
         self._study = study
         self._identities = {site.id: site.message_key for site in study.cohort.site}
 
@@ -140,6 +223,15 @@ class MaskingBook:
             kept[f"{machine.terms.round}/{machine.terms.attempt}"] = machine.to_json()
         write_atomic(self._path, json.dumps(kept).encode())
 
+    def keep_statements(self, statements: Mapping[str, Participation]) -> None:
+        """Make the statements of the sites in the sum durable, before the uploads are closed for good."""
+        value = {site: format_participation(s).decode() for site, s in statements.items()}
+        write_atomic(self._statements_path, json.dumps(value).encode())
+
+    def statements(self) -> dict[str, Participation]:
+        value: dict[str, str] = json.loads(self._statements_path.read_text())
+        return {site: parse_participation(text.encode()) for site, text in value.items()}
+
     def _all(self) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
         return value
@@ -161,25 +253,39 @@ def collect_masked(attempt: Attempt, book: MaskingBook, missing: dict[str, str])
         machine.close_shares(adapter=vector_sha256(attempt.state.adapter))
         book.write(machine, following)
     size = vector_size(study.adapter.tensors)
+    retained = Retained(attempt.opened.directory, study, pending)
     if machine.stage is ServerStage.UPLOADS:
         total = np.zeros(size, np.uint32)
-        _take_uploads(attempt, machine, following, total, missing)
+        _take_uploads(attempt, machine, following, total, retained, missing)
         survivors = machine.close_uploads()
-        write_atomic(book.total_path, total.astype("<u4", copy=False).tobytes())
+        write_atomic(book.total_path, total.astype("<u4", copy=False).data)
         key_set = _close_next_keys(following, study)
         if key_set is None:
             following = book.read(pending.round + 1, 1)
+        book.keep_statements(attempt.statements)
         book.write(machine, following)
     else:
         survivors = machine.survivor_set
         total = np.fromfile(book.total_path, "<u4")
         key_set = _stored_key_set(following)
-    _take_reveals(attempt, machine, following, format_survivor_set(survivors), key_set, missing)
+        attempt.statements.update(book.statements())
+    digests = {receipt.site: receipt.upload.hex() for receipt in survivors.survivors}
+    aggregate = retained.close(total, digests)
+    witnessed = _witnessed(attempt)
+    _take_reveals(attempt, machine, following, format_survivor_set(survivors), witnessed, key_set, missing)
     book.write(machine, following)
     out = np.empty_like(total)
     machine.unmask(total, out)
-    digests = {receipt.site: receipt.upload.hex() for receipt in survivors.survivors}
-    return Collected(digests, missing, units=out)
+    return Collected(digests, missing, units=out, aggregate=aggregate)
+
+
+def _witnessed(attempt: Attempt) -> bytes:
+    """Return the checkpoint with its quorum as first shown in this attempt; raises QuorumNotReached."""
+    if not attempt.pending.witnessed:
+        note = attempt.log.witnessed().decode()
+        attempt.opened.save_pending(replace(attempt.pending, witnessed=note))
+        return note.encode()
+    return attempt.pending.witnessed.encode()
 
 
 def _take_keys(attempt: Attempt, book: MaskingBook, machine: ServerRound, missing: dict[str, str]) -> None:
@@ -211,23 +317,28 @@ def _take_shares(attempt: Attempt, machine: ServerRound, missing: dict[str, str]
 
 
 def _take_uploads(
-    attempt: Attempt, machine: ServerRound, following: ServerRound, total: Units, missing: dict[str, str]
+    attempt: Attempt,
+    machine: ServerRound,
+    following: ServerRound,
+    total: Units,
+    retained: Retained,
+    missing: dict[str, str],
 ) -> None:
-    """Exchange 1: openings out, masked vectors and the next round's keys in."""
+    """Exchange 1: openings and checkpoints out; masked vectors, cosignatures and the next round's keys in."""
     study = attempt.study
-    adapter = vector_sha256(attempt.state.adapter)
 
     def accept(site: str, reply: Message) -> None:
         if reply.header.stage is Stage.KEYS:
             _, (newcomer,) = unpack_body(reply.body, fields={}, parts=1)
             following.accept_keys(parse_keys(bytes(newcomer)))
             return
-        upload, keys, blob = parse_contribution(reply, site=site, form="masked", adapter_sha256=adapter)
-        machine.announce(parse_upload(bytes(upload)))
+        contribution = attempt.take(site, reply, form="masked")
+        machine.announce(parse_upload(bytes(contribution.upload)))
         machine.start_adding(site)
-        machine.add(parse_units(blob, study=study, site=site), total)
-        if keys and following.stage is ServerStage.KEYS:
-            following.accept_keys(parse_keys(bytes(keys)))
+        machine.add(parse_units(contribution.vector, study=study, site=site), total)
+        retained.keep(site, contribution)
+        if contribution.keys and following.stage is ServerStage.KEYS:
+            following.accept_keys(parse_keys(bytes(contribution.keys)))
 
     openings = machine.openings()
     requests = {
@@ -248,10 +359,11 @@ def _take_reveals(
     machine: ServerRound,
     following: ServerRound,
     survivor_set: bytes,
+    witnessed: bytes,
     key_set: KeySet | None,
     missing: dict[str, str],
 ) -> None:
-    """Exchange 2: survivor set and the next round's key set out, reveals and shares in."""
+    """Exchange 2: survivor set, witnessed checkpoint, next key set out; reveals and shares in."""
     encoded = b"" if key_set is None else format_key_set(key_set)
     members = () if key_set is None else key_set.sites
 
@@ -268,7 +380,7 @@ def _take_reveals(
     requests = {}
     for site in machine.added:
         own = encoded if site in members else b""
-        requests[site] = attempt.request(Stage.UNMASK, site, pack_body({}, survivor_set, own))
+        requests[site] = attempt.request(Stage.UNMASK, site, pack_body({}, survivor_set, own, witnessed))
     for site in members:
         if site not in requests:
             body = pack_body({}, encoded)

@@ -147,9 +147,10 @@ def export(
 ) -> None:
     """Make an audit bundle; `fedrad-audit verify` checks it anywhere."""
     from common.ledger.bundle import pack, write_bundle
+    from common.ledger.sbom import software
     from server.bundles import export_run
 
-    bundle = export_run(run, exported_s=int(time.time()), software=_software(), with_adapters=with_adapters)
+    bundle = export_run(run, exported_s=int(time.time()), software=software(), with_adapters=with_adapters)
     write_bundle(out, bundle)
     value: dict[str, Any] = {"bundle": str(out), "bytes": len(pack(bundle)), "entries": len(bundle.leaves)}
     answer(value, as_json=as_json, text=lambda: f"{out}: {value['entries']} entries, {value['bytes']} bytes")
@@ -167,15 +168,6 @@ def _online(snapshot_key: Path, timestamp_key: Path) -> OnlineKeys:
     from server.releases import OnlineKeys
 
     return OnlineKeys(snapshot=load_key(snapshot_key), timestamp=load_key(timestamp_key))
-
-
-def _software() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"fedrad {version('fedrad')}"
-    except PackageNotFoundError:
-        return "fedrad 0-source"
 
 
 def _now() -> datetime:

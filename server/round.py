@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from common.canonical import sha256_hex
 from common.config import Study
-from common.errors import AdapterInvalid
+from common.errors import AdapterInvalid, EntryInvalid
 from common.identity import SigningKey
+from common.ledger.entries import Outcome, Participation
+from common.ledger.statements import commit, make_round, parse_participation, verify_contribution
 from common.model.lora import vector_sha256, vector_to_bytes
 from common.protocol import GENESIS, SERVER, Message, Stage, pack_body, seal_request, unpack_body
 from common.records import RoundRecord, SignedRecord, signed_to_json
 from common.schedule import active_groups, learning_rate
 from server.checkpoint import Pending, StudyState
+from server.study_log import WitnessOffer
 
 
 def plan_attempt(
@@ -26,6 +30,7 @@ def plan_attempt(
     attempt: int,
     cohort: Sequence[str],
     histories: Mapping[str, int],
+    sizes: Mapping[str, int],
     now_unix_s: float,
 ) -> Pending:
     """Fix everything random or timed of an attempt, so that its requests can be made again byte for byte."""
@@ -36,6 +41,7 @@ def plan_attempt(
         deadline_unix_s=float(int(now_unix_s + study.cohort.deadline_s) + 1),
         nonce=secrets.token_hex(16),
         histories={site: histories.get(site, -1) for site in cohort},
+        sizes={site: sizes.get(site, 0) for site in cohort},
     )
 
 
@@ -66,56 +72,114 @@ def contribute_body(
     *,
     cohort: Sequence[str],
     opening: bytes,
+    shown: bytes,
 ) -> bytes:
-    """Make the body of a contribute request: global adapter, cohort, deadline, the site's missing history."""
+    """Make the body of a contribute request: global adapter, cohort, deadline, the site's missing history.
+
+    `shown` is what the site must see of the ledger: an offer to cosign (masked), else a witnessed checkpoint.
+    """
     meta = {
         "adapter_sha256": vector_sha256(state.adapter),
         "cohort": list(cohort),
         "deadline_unix_s": pending.deadline_unix_s,
         "records": [signed_to_json(signed) for signed in records],
     }
-    return pack_body(meta, opening, vector_to_bytes(state.adapter))
+    return pack_body(meta, opening, shown, vector_to_bytes(state.adapter))
 
 
-def hello_request(key: SigningKey, study: Study, site: str) -> bytes:
+def hello_request(key: SigningKey, study: Study, site: str, *, train: bool) -> bytes:
     return stage_request(
-        key, study, Stage.HELLO, site, pack_body({}), round=0, attempt=0, previous=GENESIS,
+        key, study, Stage.HELLO, site, pack_body({"train": train}), round=0, attempt=0, previous=GENESIS,
         nonce=secrets.token_hex(16),
     )  # fmt: skip
 
 
-def finish_request(
-    key: SigningKey, study: Study, site: str, state: StudyState, records: Sequence[SignedRecord]
+def witness_request(
+    key: SigningKey,
+    study: Study,
+    site: str,
+    state: StudyState,
+    records: Sequence[SignedRecord],
+    offer: WitnessOffer,
 ) -> bytes:
-    body = pack_body({"records": [signed_to_json(signed) for signed in records]})
+    """Show a site the records it has not seen and ask it to cosign the checkpoint that covers them."""
+    body = pack_body({"records": [signed_to_json(signed) for signed in records]}, pack_offer(offer))
     return stage_request(
-        key, study, Stage.FINISH, site, body, round=study.rounds, attempt=0,
+        key, study, Stage.WITNESS, site, body, round=min(state.round + 1, study.rounds), attempt=0,
         previous=state.record_sha256, nonce=secrets.token_hex(16),
     )  # fmt: skip
 
 
-def parse_hello(reply: Message) -> int:
-    """Return the last round that a site has verified (-1 before the first)."""
-    meta, _ = unpack_body(reply.body, fields={"version": int, "seen_round": int, "seen_record": str})
-    return int(meta["seen_round"])
+def pack_offer(offer: WitnessOffer) -> bytes:
+    """Join a cosign request, the entry shown with it and the entry's proof."""
+    return pack_body({}, offer.request, offer.entry, offer.proof)
 
 
-def parse_contribution(
-    reply: Message, *, site: str, form: str, adapter_sha256: str
-) -> tuple[memoryview, memoryview, memoryview]:
-    """Split a contribution into announcement, next keys and vector.
+@dataclass(frozen=True)
+class Hello:
+    """What a site says of itself: the last round it verified (-1: none), and of the ledger what it saw."""
 
-    Raises AdapterInvalid or EnvelopeMalformed.
+    seen_round: int
+    seen_size: int
+    approval: bytes
+
+
+def parse_hello(reply: Message) -> Hello:
+    """Parse a site's answer to hello; raises EnvelopeMalformed."""
+    meta, (approval,) = unpack_body(
+        reply.body,
+        fields={"version": int, "seen_round": int, "seen_record": str, "seen_size": int},
+        parts=1,
+    )
+    return Hello(int(meta["seen_round"]), int(meta["seen_size"]), bytes(approval))
+
+
+def parse_witnessed(reply: Message) -> bytes:
+    """Return the cosignature line of a site's answer to witness; raises EnvelopeMalformed."""
+    _, (line,) = unpack_body(reply.body, fields={"seen_round": int, "seen_record": str}, parts=1)
+    return bytes(line)
+
+
+def verify_statement(study: Study, stated: Participation, pending: Pending, *, adapter_in: str) -> None:
+    """Raise SignatureInvalid unless the site signed its statement for this very attempt and adapter."""
+    record = make_round(
+        study, number=pending.round, attempt=pending.attempt, outcome=Outcome.FAILED, adapter_in=adapter_in,
+        cohort=[stated.site], code="", lockfile="",
+    )  # fmt: skip
+    verify_contribution(study.sha256, record, stated, study.site(stated.site).message_key)
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A site's answer to contribute: `cosignature` is empty where the checkpoint was cosigned before."""
+
+    upload: memoryview
+    keys: memoryview
+    cosignature: bytes
+    statement: Participation
+    commitment_key: bytes
+    vector: memoryview
+
+
+def parse_contribution(reply: Message, *, site: str, form: str, adapter_sha256: str) -> Contribution:
+    """Split a contribution; raises AdapterInvalid, EnvelopeMalformed or EntryInvalid.
+
+    The statement's commitment is opened here; its signature is the ledger's to check.
     """
-    meta, (upload, keys, vector) = unpack_body(
-        reply.body, fields={"adapter_sha256": str, "form": str}, parts=3
+    meta, (upload, keys, cosignature, statement, commitment_key, vector) = unpack_body(
+        reply.body, fields={"adapter_sha256": str, "form": str}, parts=6
     )
     if meta["adapter_sha256"] != adapter_sha256 or meta["form"] != form:
         raise AdapterInvalid(
             f"contribution of {site}: expected form {form} for adapter {adapter_sha256[:16]}…, "
             f"got {meta['form'][:16]!r} for {meta['adapter_sha256'][:16]}…"
         )
-    return upload, keys, vector
+    stated = parse_participation(bytes(statement))
+    if stated.site != site or stated.summed or commit(bytes(commitment_key), vector) != stated.commitment:
+        raise EntryInvalid(
+            f"contribution of {site}: expected its own commitment to what it sent, got another"
+        )
+    return Contribution(upload, keys, bytes(cosignature), stated, bytes(commitment_key), vector)
 
 
 def make_record(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from common.canonical import sha256_hex
 from common.config import Study
 from common.errors import FedRadError, LedgerInvalid
 from common.identity import Purpose, SigningKey, verify_signature
@@ -28,6 +29,8 @@ from common.ledger.entries import (
     RoundRecord,
     StudyEnd,
     StudyOpened,
+    format_entry,
+    parse_entry,
 )
 from common.ledger.note import Note, VerifierKey, format_note, parse_signature_line
 from common.ledger.statements import sign_entry, verify_contribution
@@ -60,6 +63,8 @@ class StudyLog:
         self._releases: dict[int, int] = {}
         self._approved: set[str] = set()
         self._rounds: set[tuple[int, int]] = set()
+        self._leaves: set[str] = set()
+        self._release_epsilon = 0.0
         self._ended = False
         for index, entry in enumerate(book.entries()):
             if entry.study == study.sha256:
@@ -90,13 +95,30 @@ class StudyLog:
                 bodies.append(Approval(site=site, decision=approve, policy="", signature=signature.hex()))
         self._append(bodies)
 
+    def seal(self, bodies: Iterable[Body]) -> list[bytes]:
+        """Sign entries without logging them yet, so that they can be made durable with what they say.
+
+        Raises SignatureInvalid where a site did not sign its participation in a round.
+        """
+        bodies = list(bodies)
+        for body in bodies:
+            if isinstance(body, RoundRecord):
+                for part in body.participations:
+                    self.verify_participation(body, part)
+        return [format_entry(self._signed(body)) for body in bodies]
+
+    def add_sealed(self, entries: Iterable[bytes]) -> None:
+        """Log sealed entries that are not logged yet, under a new checkpoint."""
+        self._append_entries([parse_entry(e) for e in entries if sha256_hex(e) not in self._leaves])
+
     def add_round(self, record: RoundRecord) -> None:
-        """Log one attempt; raises SignatureInvalid where a site did not sign its participation."""
-        if (record.number, record.attempt) in self._rounds:
-            return
-        for part in record.participations:
-            self.verify_participation(record, part)
-        self._append([record])
+        """Log one attempt, once; raises SignatureInvalid where a site did not sign its participation."""
+        if not self.has_attempt(record.number, record.attempt):
+            self.add_sealed(self.seal([record]))
+
+    def has_attempt(self, number: int, attempt: int) -> bool:
+        """Tell whether this attempt's outcome is in the log."""
+        return (number, attempt) in self._rounds
 
     def verify_participation(self, record: RoundRecord, part: Participation) -> None:
         """Raise SignatureInvalid unless the site signed these values of this round."""
@@ -114,20 +136,36 @@ class StudyLog:
             return
         self._append([body])
 
+    @property
+    def release_epsilon(self) -> float:
+        """What the last released round stated: the released sums' cost so far."""
+        return self._release_epsilon
+
     # --- witnessing ---------------------------------------------------------------------------------------
 
     def saw(self, site: str, size: int) -> None:
         """Remember the tree size that a site says it has seen (its hello, or a WitnessBehind refusal)."""
         self._seen_sizes[site] = min(size, self._book.size)
 
-    def offer(self, site: str) -> WitnessOffer:
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The tree size that each site has seen, as far as known."""
+        return dict(self._seen_sizes)
+
+    def offer(self, seen_size: int) -> WitnessOffer:
         """Return what a site is shown next: the latest checkpoint, and in it the last released round.
 
-        Before the first released round it is the study's opening.
+        Before the first released round it is the study's opening. The bytes depend on log and size only:
+        cosignatures gathered meanwhile are left out, so that a request can be made again.
         """
-        request = self._book.cosign_request(self._seen_sizes.get(site, 0))
-        proof = format_ledger_proof(self._book.prove(self._shown))
-        return WitnessOffer(format_cosign_request(request), self._book.leaf(self._shown), proof)
+        request = self._book.cosign_request(seen_size)
+        proof = self._book.prove(self._shown)
+        bare = Note(request.note.text, request.note.signatures[:1])
+        return WitnessOffer(
+            format_cosign_request(replace(request, note=bare)),
+            self._book.leaf(self._shown),
+            format_ledger_proof(replace(proof, note=bare)),
+        )
 
     def cosigned(self, site: str, line: bytes) -> None:
         """Keep a site's cosignature of the latest checkpoint.
@@ -157,13 +195,15 @@ class StudyLog:
 
     def _append(self, bodies: Iterable[Body]) -> int:
         """Append entries signed by the operator, under a new checkpoint; returns the last one's index."""
-        entries = [self._signed(body) for body in bodies]
+        self._append_entries([self._signed(body) for body in bodies])
+        return self._newest
+
+    def _append_entries(self, entries: list[Entry]) -> None:
         if entries:
             first = self._book.append(entries)
             self._book.checkpoint()
             for offset, entry in enumerate(entries):
                 self._note_entry(first + offset, entry.body)
-        return self._newest
 
     def _signed(self, body: Body) -> Entry:
         time_s = max(int(self._clock()), self._book.last_time_s)
@@ -171,6 +211,7 @@ class StudyLog:
         return sign_entry(entry, signer=OPERATOR, key=self._key)
 
     def _note_entry(self, index: int, body: Body) -> None:
+        self._leaves.add(sha256_hex(self._book.leaf(index)))
         if isinstance(body, StudyOpened):
             self._shown = index
         elif isinstance(body, Approval):
@@ -178,7 +219,7 @@ class StudyLog:
         elif isinstance(body, RoundRecord):
             self._rounds.add((body.number, body.attempt))
             if body.outcome is Outcome.RELEASED:
-                self._shown = index
+                self._shown, self._release_epsilon = index, body.release_epsilon
         elif isinstance(body, Release):
             self._releases[body.version] = index
         elif isinstance(body, StudyEnd):

@@ -79,6 +79,7 @@ name = "adam"
 min_sites = {min_sites}
 deadline_s = 600
 max_attempts = {max_attempts}
+witness_quorum = {min_sites}
 on_failed_round = "{on_failed_round}"
 {sites}
 """

@@ -6,9 +6,9 @@ what is installed, not what was imported, and does not look inside a distributio
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ def make_sbom() -> bytes:
     )
 
 
-def code_sha256(packages: Iterable[str] = ("client", "common", "deploy", "server")) -> str:
+@functools.cache
+def code_sha256(packages: tuple[str, ...] = ("client", "common", "deploy", "server")) -> str:
     """Hash the source of the packages that are installed: SHA-256 over sorted (path, file hash) lines."""
     lines = []
     for package in sorted(packages):
@@ -57,6 +58,15 @@ def code_sha256(packages: Iterable[str] = ("client", "common", "deploy", "server
     return sha256_hex("".join(sorted(lines)).encode())
 
 
+@functools.cache
 def dependencies_sha256() -> str:
     """Hash the installed distributions: SHA-256 of the SBOM, which names each with its version."""
     return sha256_hex(make_sbom())
+
+
+def software() -> str:
+    """Name the running distribution and its version."""
+    try:
+        return f"fedrad {version('fedrad')}"
+    except PackageNotFoundError:
+        return "fedrad 0-source"

@@ -12,7 +12,7 @@ import hmac
 from collections.abc import Iterable
 from dataclasses import replace
 
-from common.canonical import canonical_json
+from common.canonical import canonical_json, parse_canonical
 from common.config import Study
 from common.errors import EntryInvalid, SignatureInvalid
 from common.identity import Purpose, SigningKey, verify_signature
@@ -25,7 +25,9 @@ from common.ledger.entries import (
     RoundRecord,
     signed_bytes,
 )
+from common.ledger.fields import build, plain
 
+_MAX_STATEMENT_BYTES = 4096
 UNSIGNED = "0" * 128
 
 
@@ -135,6 +137,17 @@ def verify_contribution(study: str, record: RoundRecord, participation: Particip
         clip_norm=record.clip_norm, sampling_rate=record.sampling_rate, patients=record.patients,
     )  # fmt: skip
     verify_signature(public, Purpose.CONTRIBUTION, message, bytes.fromhex(participation.signature))
+
+
+def format_participation(participation: Participation) -> bytes:
+    return canonical_json(plain(participation))
+
+
+def parse_participation(data: bytes) -> Participation:
+    """Parse a site's statement; raises EntryInvalid, NotCanonical or BodyTooLarge. Nothing is verified."""
+    value = parse_canonical(data, max_bytes=_MAX_STATEMENT_BYTES)
+    participation: Participation = build(Participation, value, "participation")
+    return participation
 
 
 def commit(opening: bytes, data: bytes | memoryview) -> str:

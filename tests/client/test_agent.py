@@ -99,19 +99,21 @@ def before(tmp_path: Path) -> Iterator[Callable[..., SiteAgent]]:
 Before = Callable[..., SiteAgent]
 
 
-def contribute(tape: Tape, round: int, *, parts: tuple[bytes, bytes] | None = None, **meta: Any) -> bytes:
-    """The recorded contribute request with other fields in its body, signed by the operator."""
-    body = split_message(tape.requests[(Stage.CONTRIBUTE, round)])[2]
-    fields, (opening, blob) = unpack_body(body, fields=META, parts=2)
-    return tape.forge(
-        Stage.CONTRIBUTE, round, body=pack_body({**fields, **meta}, *(parts or (opening, blob)))
-    )
+def contribute(
+    tape: Tape, round: int, *, opening: bytes = b"", shown: bytes = b"", blob: bytes = b"", **meta: Any
+) -> bytes:
+    """The recorded contribute request with other parts or fields in its body, signed by the operator."""
+    fields, *parts = parts_of(tape, round)
+    changed = [new or old for new, old in zip((opening, shown, blob), parts, strict=True)]
+    body = pack_body({**fields, **meta}, *changed)
+    return tape.forge(Stage.CONTRIBUTE, round, body=body)
 
 
-def meta_of(tape: Tape, round: int) -> tuple[dict[str, Any], bytes, bytes]:
+def parts_of(tape: Tape, round: int) -> tuple[dict[str, Any], bytes, bytes, bytes]:
+    """Fields, opening, what is shown of the ledger, and adapter of a recorded contribute request."""
     body = split_message(tape.requests[(Stage.CONTRIBUTE, round)])[2]
-    fields, (opening, blob) = unpack_body(body, fields=META, parts=2)
-    return fields, bytes(opening), bytes(blob)
+    fields, (opening, shown, blob) = unpack_body(body, fields=META, parts=3)
+    return fields, bytes(opening), bytes(shown), bytes(blob)
 
 
 def body_of(reply: bytes) -> bytes:
@@ -187,7 +189,7 @@ def test_a_message_for_another_site_is_refused(plain: Tape, before: Before) -> N
 def test_a_message_relayed_to_another_stage_is_refused(plain: Tape, before: Before) -> None:
     agent = before(plain, Stage.CONTRIBUTE, 0)
     with pytest.raises(WrongStage):
-        agent.handle(Stage.FINISH, plain.requests[(Stage.CONTRIBUTE, 0)])
+        agent.handle(Stage.WITNESS, plain.requests[(Stage.CONTRIBUTE, 0)])
 
 
 def test_a_reply_is_no_request(plain: Tape, before: Before) -> None:
@@ -264,9 +266,9 @@ def test_missing_data_is_refused_without_a_traceback(plain: Tape, before: Before
 
 
 def test_adapter_bytes_that_are_not_the_named_ones_are_refused(plain: Tape, before: Before) -> None:
-    _, opening, blob = meta_of(plain, 0)
+    *_, blob = parts_of(plain, 0)
     other = np.frombuffer(blob, "<f4") + np.float32(1)
-    request = contribute(plain, 0, parts=(opening, vector_to_bytes(other)))
+    request = contribute(plain, 0, blob=vector_to_bytes(other))
     assert (
         refusal_of(before(plain, Stage.CONTRIBUTE, 0).handle(Stage.CONTRIBUTE, request)) == "AdapterInvalid"
     )
@@ -276,10 +278,10 @@ def test_adapter_bytes_that_are_not_the_named_ones_are_refused(plain: Tape, befo
 def test_an_adapter_that_the_history_does_not_lead_to_is_refused(
     plain: Tape, before: Before, round: int
 ) -> None:
-    _, opening, blob = meta_of(plain, round)
+    *_, blob = parts_of(plain, round)
     other = np.frombuffer(blob, "<f4") + np.float32(1)
     request = contribute(
-        plain, round, parts=(opening, vector_to_bytes(other)), adapter_sha256=vector_sha256(other)
+        plain, round, blob=vector_to_bytes(other), adapter_sha256=vector_sha256(other)
     )
     reply = before(plain, Stage.CONTRIBUTE, round).handle(Stage.CONTRIBUTE, request)
     assert refusal_of(reply) == "AdapterInvalid"
@@ -287,9 +289,9 @@ def test_an_adapter_that_the_history_does_not_lead_to_is_refused(
 
 @pytest.mark.parametrize("extra", [-4, 4, 400])
 def test_an_adapter_of_another_length_is_refused(plain: Tape, before: Before, extra: int) -> None:
-    _, opening, blob = meta_of(plain, 0)
+    *_, blob = parts_of(plain, 0)
     other = blob[:extra] if extra < 0 else blob + bytes(extra)
-    request = contribute(plain, 0, parts=(opening, other), adapter_sha256=hashlib.sha256(other).hexdigest())
+    request = contribute(plain, 0, blob=other, adapter_sha256=hashlib.sha256(other).hexdigest())
     assert (
         refusal_of(before(plain, Stage.CONTRIBUTE, 0).handle(Stage.CONTRIBUTE, request)) == "AdapterInvalid"
     )
@@ -299,11 +301,11 @@ def test_an_adapter_of_another_length_is_refused(plain: Tape, before: Before, ex
 def test_an_adapter_with_a_value_that_is_no_number_is_refused(
     plain: Tape, before: Before, value: float
 ) -> None:
-    _, opening, blob = meta_of(plain, 0)
+    *_, blob = parts_of(plain, 0)
     other = np.frombuffer(blob, "<f4").copy()
     other[7] = value
     request = contribute(
-        plain, 0, parts=(opening, vector_to_bytes(other)), adapter_sha256=vector_sha256(other)
+        plain, 0, blob=vector_to_bytes(other), adapter_sha256=vector_sha256(other)
     )
     assert (
         refusal_of(before(plain, Stage.CONTRIBUTE, 0).handle(Stage.CONTRIBUTE, request)) == "AdapterInvalid"
@@ -351,7 +353,7 @@ def test_another_request_for_a_round_already_served_is_refused(plain: Tape, befo
 
 
 def test_a_round_behind_the_verified_history_is_refused(plain: Tape, before: Before) -> None:
-    agent = before(plain, Stage.FINISH, 3)
+    agent = before(plain, Stage.WITNESS, 3)
     other = plain.forge(Stage.CONTRIBUTE, 0, nonce="ab" * 16)
     assert refusal_of(agent.handle(Stage.CONTRIBUTE, other)) == "RoundAlreadyServed"
 
@@ -371,7 +373,7 @@ def test_an_attempt_outside_the_manifest_is_refused(plain: Tape, before: Before,
 
 
 def test_a_round_after_the_studys_last_is_refused(plain: Tape, before: Before) -> None:
-    agent = before(plain, Stage.FINISH, 3)
+    agent = before(plain, Stage.WITNESS, 3)
     reply = agent.handle(Stage.CONTRIBUTE, plain.forge(Stage.CONTRIBUTE, 2, round=3))
     assert refusal_of(reply) == "RoundLimitReached"
 
@@ -396,7 +398,7 @@ def test_a_round_that_builds_on_another_record_than_the_last_is_refused(plain: T
 
 
 def first_record(tape: Tape) -> Any:
-    return signed_from_json(meta_of(tape, 1)[0]["records"][0])
+    return signed_from_json(parts_of(tape, 1)[0]["records"][0])
 
 
 def test_a_forged_record_is_refused(plain: Tape, before: Before) -> None:
@@ -410,7 +412,7 @@ def test_a_forked_history_is_refused_although_the_operator_signed_it(plain: Tape
     """The site has verified round 0; the server now shows a round 1 that builds on another round 0."""
     agent = before(plain, Stage.CONTRIBUTE, 2)
     other = replace(first_record(plain).record, adapter_out="ef" * 32)
-    second = signed_from_json(meta_of(plain, 2)[0]["records"][0]).record
+    second = signed_from_json(parts_of(plain, 2)[0]["records"][0]).record
     fork = sign_record(plain.world.operator, replace(second, previous=other.sha256))
     request = contribute(plain, 2, records=[signed_to_json(fork)])
     assert refusal_of(agent.handle(Stage.CONTRIBUTE, request)) == "PreviousStateMismatch"
@@ -455,9 +457,9 @@ def test_a_body_without_a_field_or_with_one_too_many_is_refused(
     plain: Tape, before: Before, field: str
 ) -> None:
     agent = before(plain, Stage.CONTRIBUTE, 0)
-    meta, opening, blob = meta_of(plain, 0)
+    meta, *parts = parts_of(plain, 0)
     for wrong in ({k: v for k, v in meta.items() if k != field}, meta | {field: True}, meta | {"x": 1}):
-        request = plain.forge(Stage.CONTRIBUTE, 0, body=pack_body(wrong, opening, blob))
+        request = plain.forge(Stage.CONTRIBUTE, 0, body=pack_body(wrong, *parts))
         assert refusal_of(agent.handle(Stage.CONTRIBUTE, request)) == "EnvelopeMalformed"
 
 
@@ -567,18 +569,18 @@ def test_a_contribution_before_keys_is_refused(masked: Tape, before: Before) -> 
 
 def test_a_reveal_before_an_upload_is_refused(masked: Tape, before: Before) -> None:
     agent = before(masked, Stage.CONTRIBUTE, 0)
-    assert refusal_of(agent.handle(Stage.UNMASK, masked.requests[(Stage.UNMASK, 0)])) == "StageOutOfOrder"
+    assert refusal_of(agent.handle(Stage.UNMASK, masked.requests[(Stage.UNMASK, 0)])) == "WitnessBehind"
 
 
 def test_masks_for_another_adapter_are_refused_before_a_charge(masked: Tape, before: Before) -> None:
     """The opening's context is made for an adapter that this site was not given."""
     agent = before(masked, Stage.CONTRIBUTE, 0)
-    _, opening, blob = meta_of(masked, 0)
+    _, opening, *_ = parts_of(masked, 0)
     parsed = parse_opening(opening)
     setup = setup_digest(round_terms(masked.world.study, round=0, attempt=1), key_set_of(masked))
     context = context_digest(setup, adapter="ab" * 32, roster=parsed.roster)
     other = format_opening(replace(parsed, context=context))
-    reply = agent.handle(Stage.CONTRIBUTE, contribute(masked, 0, parts=(other, blob)))
+    reply = agent.handle(Stage.CONTRIBUTE, contribute(masked, 0, opening=other))
     assert refusal_of(reply) == "ContextDiffers"
     assert charges(agent) == 0
 
@@ -591,20 +593,20 @@ def test_masks_for_another_cohort_are_refused(masked: Tape, before: Before) -> N
 
 def test_a_round_replayed_with_another_adapter_is_refused(masked: Tape, before: Before) -> None:
     agent = before(masked, Stage.UNMASK, 0)
-    _, opening, blob = meta_of(masked, 0)
+    *_, blob = parts_of(masked, 0)
     other = np.frombuffer(blob, "<f4") + np.float32(1)
     request = contribute(
-        masked, 0, parts=(opening, vector_to_bytes(other)), adapter_sha256=vector_sha256(other)
+        masked, 0, blob=vector_to_bytes(other), adapter_sha256=vector_sha256(other)
     )
     assert refusal_of(agent.handle(Stage.CONTRIBUTE, request)) == "RoundAlreadyServed"
 
 
 def unmask_with(tape: Tape, change: Callable[[SurvivorSet], SurvivorSet]) -> bytes:
-    _, (survivors, key_set) = unpack_body(
-        split_message(tape.requests[(Stage.UNMASK, 0)])[2], fields={}, parts=2
+    _, (survivors, key_set, witnessed) = unpack_body(
+        split_message(tape.requests[(Stage.UNMASK, 0)])[2], fields={}, parts=3
     )
     other = change(parse_survivor_set(bytes(survivors)))
-    return tape.forge(Stage.UNMASK, 0, body=pack_body({}, format_survivor_set(other), key_set))
+    return tape.forge(Stage.UNMASK, 0, body=pack_body({}, format_survivor_set(other), key_set, witnessed))
 
 
 def dropped(survivors: SurvivorSet, site: str) -> SurvivorSet:
@@ -635,11 +637,11 @@ def test_a_reveal_outside_the_study_is_refused(
 def test_a_second_survivor_set_in_another_attempts_name_is_refused(masked: Tape, before: Before) -> None:
     agent = before(masked, Stage.UNMASK, 0)
     body_of(agent.handle(Stage.UNMASK, masked.requests[(Stage.UNMASK, 0)]))
-    _, (survivors, key_set) = unpack_body(
-        split_message(masked.requests[(Stage.UNMASK, 0)])[2], fields={}, parts=2
+    _, (survivors, key_set, witnessed) = unpack_body(
+        split_message(masked.requests[(Stage.UNMASK, 0)])[2], fields={}, parts=3
     )
     other = format_survivor_set(dropped(parse_survivor_set(bytes(survivors)), "beta"))
-    request = masked.forge(Stage.UNMASK, 0, attempt=2, body=pack_body({}, other, key_set))
+    request = masked.forge(Stage.UNMASK, 0, attempt=2, body=pack_body({}, other, key_set, witnessed))
     assert refusal_of(agent.handle(Stage.UNMASK, request)) == "StageOutOfOrder"
 
 
@@ -753,8 +755,8 @@ def test_an_agent_killed_after_a_step_goes_on_to_the_same_bytes(
     reborn = SiteAgent(agent.home, models=POOL, clock=Clock(), random_bytes=counted(1000))
     got = body_of(reborn.handle(Stage.CONTRIBUTE, request))
     fields = {"adapter_sha256": str, "form": str}
-    _, (upload, _, vector) = unpack_body(got, fields=fields, parts=3)
-    _, (upload_wanted, _, vector_wanted) = unpack_body(wanted, fields=fields, parts=3)
+    _, (upload, *_, vector) = unpack_body(got, fields=fields, parts=6)
+    _, (upload_wanted, *_, vector_wanted) = unpack_body(wanted, fields=fields, parts=6)
     assert bytes(upload) == bytes(upload_wanted)
     assert bytes(vector) == bytes(vector_wanted)
     assert charges(reborn) == 1
@@ -801,8 +803,8 @@ def test_data_changed_after_a_charge_stops_the_repeat(
 
 
 def test_finishing_gives_back_the_rest_of_the_budget(masked: Tape, before: Before) -> None:
-    agent = before(masked, Stage.FINISH, 2)
-    body_of(agent.handle(Stage.FINISH, masked.requests[(Stage.FINISH, 2)]))
+    agent = before(masked, Stage.WITNESS, 2)
+    body_of(agent.handle(Stage.WITNESS, masked.requests[(Stage.WITNESS, 2)]))
     assert agent.home.budget_path.read_text().count('"kind":"end"') == 1
     assert not list((agent.home.directory / "state").rglob("masking/*.json"))
 

@@ -80,15 +80,15 @@ def test_a_masked_round_takes_two_exchanges_in_steady_state(make: Make) -> None:
         stages = Counter(stage for to, stage, _, _ in world.sent if to == site)
         assert stages == {
             Stage.HELLO: 1, Stage.KEYS: 1, Stage.SHARES: 1, Stage.CONTRIBUTE: 3, Stage.UNMASK: 3,
-            Stage.FINISH: 1,
+            Stage.WITNESS: 1,
         }  # fmt: skip
 
 
-def test_a_plain_round_takes_one_exchange(make: Make) -> None:
+def test_a_plain_round_is_witnessed_before_the_sites_contribute(make: Make) -> None:
     world = make(mode="plain", rounds=3)
     world.run()
     stages = Counter(stage for _, stage, _, _ in world.sent)
-    assert stages == {Stage.HELLO: 4, Stage.CONTRIBUTE: 12, Stage.FINISH: 4}
+    assert stages == {Stage.HELLO: 4, Stage.WITNESS: 16, Stage.CONTRIBUTE: 12}
 
 
 def test_bytes_up_per_site_and_round_are_the_adapter_within_two_percent_and_headers(make: Make) -> None:

@@ -38,7 +38,7 @@ def greet(
     sites: Iterable[str] = SITES,
 ) -> Outcome:
     among.present(wait_s=0.0, at_least=1)
-    requests = {site: hello_request(world.operator, world.study, site) for site in sites}
+    requests = {site: hello_request(world.operator, world.study, site, train=True) for site in sites}
     return among.exchange(requests, accept=accept, until_unix_s=world.clock() + 600)
 
 

@@ -35,7 +35,7 @@ from common.ledger.findings import Status
 from common.ledger.output_checks import ENTRY_NAME, PROOF_NAME
 from common.ledger.release_proof import list_files, origin_of, trust_of, verify_release_folder
 from server.log import Log
-from server.study_log import StudyLog, cosign_or_name
+from server.study_log import StudyLog, WitnessOffer, cosign_or_name
 from tests.common.ledger.consortium import (
     CODE,
     LOCKFILE,
@@ -96,10 +96,13 @@ class Run:
         plain = round_record(STUDY, number, epsilon=site, release_epsilon=release)
         return replace(plain, record=record_sha256(number), **terms)  # type: ignore[arg-type]
 
+    def offer(self, name: str) -> WitnessOffer:
+        return self.log.offer(self.log.sizes.get(name, 0))
+
     def witness(self, record: str, *, names: tuple[str, ...] = SITES) -> bytes:
         """The first exchange gathers cosignatures, the second shows them."""
         for name in names:
-            offer = self.log.offer(name)
+            offer = self.offer(name)
             line = self.sites[name].cosign(offer.request, offer.entry, offer.proof, record_sha256=record)
             self.log.cosigned(name, line)
         note = self.log.witnessed()
@@ -192,7 +195,7 @@ def test_no_site_contributes_on_a_record_that_is_not_in_the_log(run: Run) -> Non
     run.start()
     run.witness("")
     run.log.add_round(run.record(0))
-    offer = run.log.offer("amber")
+    offer = run.offer("amber")
     with pytest.raises(LedgerInvalid, match="expected the entry of record"):
         run.sites["amber"].cosign(offer.request, offer.entry, offer.proof, record_sha256=record_sha256(7))
     with pytest.raises(LedgerInvalid, match="study's opening"):
@@ -227,7 +230,7 @@ def test_an_operator_that_forks_its_log_is_caught_by_the_site_it_forks(run: Run,
     other.clock.now += 100
     other.start()
     other.log.saw("amber", other.book.size)
-    offer = other.log.offer("amber")
+    offer = other.offer("amber")
     other.book.close()
     with pytest.raises(LogForked):
         run.sites["amber"].cosign(offer.request, offer.entry, offer.proof, record_sha256="")
@@ -236,7 +239,7 @@ def test_an_operator_that_forks_its_log_is_caught_by_the_site_it_forks(run: Run,
 
 def test_a_cosignature_of_another_site_or_a_false_one_is_named_and_not_kept(run: Run) -> None:
     run.start()
-    offer = run.log.offer("amber")
+    offer = run.offer("amber")
     line = run.sites["amber"].cosign(offer.request, offer.entry, offer.proof, record_sha256="")
     with pytest.raises(LedgerInvalid, match="expected one of birch"):
         run.log.cosigned("birch", line)
@@ -254,7 +257,7 @@ def test_a_site_that_lags_behind_is_asked_from_where_it_stands(run: Run) -> None
     run.log.add_round(run.record(0))
     run.witness(record_sha256(0), names=("amber", "birch"))
     run.log.saw("cedar", 999)
-    offer = run.log.offer("cedar")
+    offer = run.offer("cedar")
     with pytest.raises(WitnessBehind, match="from size 4"):
         run.sites["cedar"].cosign(offer.request, offer.entry, offer.proof, record_sha256=record_sha256(0))
     run.log.saw("cedar", run.sites["cedar"].seen_size)
