@@ -150,8 +150,8 @@ def budget(home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
     answer(value, as_json=as_json, text=text)
 
 
-@app.command()
-def up(
+@app.command("agent")
+def run_agent(
     home: Home = _DEFAULT_HOME,
     socket: Annotated[
         Path | None, typer.Option("--socket", help="Unix socket; default HOME/run/agent.sock.")
@@ -163,7 +163,7 @@ def up(
         ),
     ] = None,
 ) -> None:
-    """Run the site agent until it is told to stop (Ctrl-C or SIGTERM)."""
+    """Run the site agent alone until it is told to stop (Ctrl-C or SIGTERM); `up` runs all of the site."""
     import logging
     import signal
     import threading
@@ -177,7 +177,8 @@ def up(
     from client.socket_guard import group_id
     from common.errors import BaseWritable
 
-    opened = open_home(home)
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    opened = open_home(home, credentials=Path(credentials) if credentials else None)
     group = group_id(socket_group) if socket_group else None
     try:
         verify_unwritable(opened.bases.values(), relay_group=group)

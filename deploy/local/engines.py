@@ -69,7 +69,7 @@ def _run_flower(consortium: LocalConsortium, sockets: Path, say: Say) -> None:
         for site, home in consortium.homes.items():
             engine.processes.start(
                 f"agent-{site}",
-                [sys.executable, "-m", "client.cli", "up", "--home", str(home.directory.absolute()),
+                [sys.executable, "-m", "client.cli", "agent", "--home", str(home.directory.absolute()),
                  "--socket", str(sockets / f"{site}.sock")],
                 environment=_agent_environment(),
             )  # fmt: skip

@@ -1,0 +1,183 @@
+"""A site's connection to its server, kept up: the gateway, renewal, studies in and approvals out.
+
+It holds the TLS key and the message key, so it runs as the site's user. Guarantees: a certificate is renewed
+from two thirds of its life on, until it works; a study from the server is only received (approving it is the
+site's own act), an approval or its withdrawal is sent until the server has it; a clock that is off is named.
+What it knows is in `run/link.json`, for `fedrad-site status`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from client.enrolment import (
+    Enrolled,
+    authority_path,
+    certificate_path,
+    install_bundle,
+    read_enrolled,
+    renewal_request,
+    site_request,
+    tls_key_path,
+    utc_now,
+)
+from client.home import SiteHome, list_studies, receive_study
+from common.enrolment import Ask, SignedSiteRequest, format_site_request, parse_bundle
+from common.errors import FedRadError, SiteRevoked
+from common.files import write_atomic
+from deploy.local.certificates import write_loopback_tls
+from deploy.site.gateway import Gateway, Route, ServerRefused, ask_server
+
+log = logging.getLogger("fedrad.link")
+
+STATUS_NAME = "link.json"
+SKEW_WARNING_S = 60.0
+_ASK_EVERY_S = 30.0
+_FIRST_PAUSE_S = 2.0
+_LAST_PAUSE_S = 60.0
+_STATUS_EVERY_S = 2.0
+
+
+class SiteLink:
+    """One site's link; `run` until stopped."""
+
+    def __init__(
+        self,
+        home: SiteHome,
+        *,
+        port: int,
+        proxy: Callable[[str], str],
+        clock: Callable[[], datetime] = utc_now,
+        host: str = "127.0.0.1",
+    ) -> None:
+        self._home, self._proxy, self._clock = home, proxy, clock
+        tls = write_loopback_tls(home.directory / "run" / "gateway", now=clock())
+        self.authority = tls.authority
+        self.gateway = Gateway(self.route, tls=tls, port=port, host=host)
+        self._status: dict[str, Any] = {"connected": False, "error": "", "clock_ahead_s": None}
+        self._written: dict[str, Any] = {}
+        self._pause_s = _FIRST_PAUSE_S
+        self._due = 0.0
+
+    def route(self) -> Route:
+        """Return the way to the server as it is enrolled now."""
+        enrolled = read_enrolled(self._home)
+        return Route(
+            enrolled.host,
+            enrolled.port,
+            authority_path(self._home),
+            certificate_path(self._home),
+            tls_key_path(self._home),
+            self._proxy(enrolled.host),
+        )
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop` is set."""
+        self.gateway.start()
+        try:
+            while not stop.wait(0.5):
+                if time.monotonic() >= self._due or self._changed():
+                    self._ask()
+                self._write_status()
+        finally:
+            self.gateway.stop()
+
+    def _ask(self) -> None:
+        """Renew where it is time, then exchange studies and approvals; a failure is tried again."""
+        try:
+            enrolled = read_enrolled(self._home)
+            if self._clock() >= enrolled.renew_after:
+                self._renew(enrolled)
+            self._exchange_studies()
+            self._status.update(connected=True, error="", last_contact_s=int(time.time()))
+            self._pause_s, wait_s = _FIRST_PAUSE_S, _ASK_EVERY_S
+        except FedRadError as error:
+            text = f"{error.code}: {error}"
+            if text != self._status["error"]:
+                log.warning("the server does not serve this site: %s", error)
+            reached = isinstance(error, ServerRefused | SiteRevoked)
+            self._status.update(connected=reached, error=text)
+            wait_s = self._pause_s
+            self._pause_s = min(_LAST_PAUSE_S, 2 * self._pause_s)
+        self._due = time.monotonic() + wait_s
+
+    def _renew(self, enrolled: Enrolled) -> None:
+        request = renewal_request(self._home, now=self._clock(), nonce=secrets.token_hex(16))
+        value = self._send(request, with_certificate=self._clock() < enrolled.not_after)
+        renewed = install_bundle(self._home, parse_bundle(str(value.get("bundle", "")).encode()))
+        log.info("the certificate was renewed")
+        self._status["certificate_until"] = renewed.not_after.isoformat()
+
+    def _exchange_studies(self) -> None:
+        value = self._send(self._request(Ask.STUDIES))
+        known = set(list_studies(self._home))
+        for offered in value.get("studies", []):
+            with contextlib.suppress(FedRadError, ValueError, KeyError, TypeError):
+                study = receive_study(
+                    self._home, offered["manifest"].encode(), bytes.fromhex(offered["signature"])
+                )
+                if study.sha256 not in known:
+                    log.info("a study was received", extra={"study": study.sha256})
+        for sha256, path, words in self._unsent():
+            try:
+                self._send(self._request(Ask.APPROVAL, f"{sha256} {words}"))
+            except ServerRefused as error:  # a study that came by file and that this server does not have
+                log.warning("a decision was refused: %s", error, extra={"study": sha256})
+            write_atomic(path, words.encode())
+
+    def _unsent(self) -> list[tuple[str, Path, str]]:
+        """List decisions that the server has not taken yet: study, note of what was sent, what to send."""
+        unsent = []
+        for sha256 in list_studies(self._home):
+            directory = self._home.study_directory(sha256)
+            sent, approval = directory / "decision.sent", directory / "approval.sig"
+            words = approval.read_text().strip() if approval.is_file() else "-"
+            before = sent.read_text() if sent.is_file() else "-"
+            if words != before:
+                unsent.append((sha256, sent, words))
+        return unsent
+
+    def _changed(self) -> bool:
+        """Tell whether a decision waits to be sent and the server was reached before."""
+        return not self._status["error"] and bool(self._unsent())
+
+    def _request(self, ask: Ask, argument: str = "") -> SignedSiteRequest:
+        nonce = secrets.token_hex(16)
+        return site_request(self._home, ask, argument=argument, now=self._clock(), nonce=nonce)
+
+    def _send(self, request: SignedSiteRequest, *, with_certificate: bool = True) -> dict[str, Any]:
+        before = self._clock().timestamp()
+        value = ask_server(self.route(), format_site_request(request), with_certificate=with_certificate)
+        ahead_s = (before + self._clock().timestamp()) / 2 - float(value["time_s"])
+        if abs(ahead_s) > SKEW_WARNING_S and self._status["clock_ahead_s"] is None:
+            log.warning("ClockSkewed: this clock is %s s ahead of the server's", round(ahead_s))
+        self._status["clock_ahead_s"] = round(ahead_s, 1)
+        return value
+
+    def _write_status(self) -> None:
+        certificate = self._status.get("certificate_until")
+        if certificate is None:
+            with contextlib.suppress(FedRadError, OSError):
+                self._status["certificate_until"] = read_enrolled(self._home).not_after.isoformat()
+        value = {
+            **self._status,
+            "gateway_port": self.gateway.port,
+            "connections": self.gateway.open,
+            "gateway_error": self.gateway.last_error,
+            "gateway_last_s": int(self.gateway.last_connected_s),
+        }
+        stable = {name: v for name, v in value.items() if name not in ("gateway_last_s", "last_contact_s")}
+        last = self._written.get("at", 0.0)
+        if stable == self._written.get("value") and time.monotonic() - last < 15 * _STATUS_EVERY_S:
+            return
+        self._written = {"value": stable, "at": time.monotonic()}
+        write_atomic(self._home.directory / "run" / STATUS_NAME, json.dumps(value, indent=1).encode())
