@@ -124,6 +124,18 @@ class BaseHashMismatch(FedRadError):
     """A file of the base model differs from the one the manifest pins."""
 
 
+class StepTooLarge(FedRadError):
+    """The global adapter moved further in a round than the manifest allows."""
+
+
+class SumOutOfRange(FedRadError):
+    """A round's sum is larger than honest sites' clipped gradients and noise can be."""
+
+
+class PublicSetInvalid(FedRadError):
+    """The operator's public set or base is missing, or is not what the manifest names."""
+
+
 class AdapterInvalid(FedRadError):
     """An adapter has a tensor, name, shape, type or value outside the manifest's list."""
 
@@ -655,3 +667,60 @@ class CaseDecided(FedRadError):
 
 class SignOffInvalid(FedRadError):
     """An accepted text or a reason is missing or too long."""
+
+
+# --- PACS loop (client/pacs) -------------------------------------------------------------------------------
+
+
+class PacsConfigInvalid(FedRadError):
+    """The PACS configuration has an unknown, missing or impossible field."""
+
+
+class JobUnknown(FedRadError):
+    """The PACS queue holds no such job, or not in that state."""
+
+
+class DestinationUnreachable(FedRadError):
+    """The PACS or FHIR server that drafts go to does not answer, or does not accept them."""
+
+
+class DeliveryFailed(FedRadError):
+    """A report could not be delivered now; another attempt may succeed."""
+
+
+class DeliveryRefused(FedRadError):
+    """The other side refused a report for good; another attempt would be refused too."""
+
+
+# --- evaluation (client/evaluate) ---------------------------------------------------------------------------
+
+
+class EvaluationRefused(FedRadError):
+    """An evaluation lacks data, its folder holds another one, or its settings do not fit together."""
+
+
+class JudgeAnswerInvalid(FedRadError):
+    """A judge's answer is not the JSON that was asked for."""
+
+
+class EvaluationBudgetExceeded(FedRadError):
+    """A federated evaluation would cost more privacy than was set aside for evaluations."""
+
+
+# --- versions, backup and the pages for operators (common/compatibility, server/backup, common/metrics_page) --
+
+
+class VersionsTooFarApart(VersionUnsupported):
+    """Server and site have no protocol version in common; the message names the side to upgrade."""
+
+
+class BackupInvalid(FedRadError):
+    """A backup file is damaged, truncated, of another format, or was sealed with another passphrase."""
+
+
+class BackupRefused(FedRadError):
+    """A backup or restore would replace something, or the directory would not stay still."""
+
+
+class ListenAddressInvalid(FedRadError):
+    """An address to listen on is not HOST:PORT, or is taken."""

@@ -11,14 +11,10 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
-from common.errors import FedRadError
+from common.errors import ListenAddressInvalid
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
-
-
-class ListenAddressInvalid(FedRadError):
-    """An address to listen on is not HOST:PORT, or is taken."""
 
 
 def parse_listen(text: str) -> tuple[str, int]:

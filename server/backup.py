@@ -39,7 +39,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from common.canonical import canonical_json
-from common.errors import FedRadError
+from common.errors import BackupInvalid, BackupRefused
 from common.files import sync_directory
 
 FORMAT = 1
@@ -57,14 +57,6 @@ _SCRYPT = {"n": 1 << 16, "r": 8, "p": 1}
 _LEFT_OUT = re.compile(
     r"(?:.*/)?(?:lock|[^/]*\.(?:lock|sock|pid|partial)|\.[^/]*|core)|(?:run|logs|state)/.*"
 )
-
-
-class BackupInvalid(FedRadError):
-    """A backup file is damaged, truncated, of another format, or was sealed with another passphrase."""
-
-
-class BackupRefused(FedRadError):
-    """A backup or restore would replace something, or the directory would not stay still."""
 
 
 @dataclass(frozen=True)

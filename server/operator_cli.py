@@ -75,7 +75,8 @@ def page(
 
     import uvicorn
 
-    from common.metrics_page import ListenAddressInvalid, parse_listen
+    from common.errors import ListenAddressInvalid
+    from common.metrics_page import parse_listen
     from server.operator_page.page import make_page
 
     host, port = parse_listen(listen)

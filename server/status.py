@@ -52,6 +52,7 @@ _ADVICE = {
     "RoundAlreadyServed": "The site has gone on beyond this state: was an old copy of this server restored?",
     "PreviousStateMismatch": "The site has seen another history: was an old copy of this server restored?",
     "VersionUnsupported": "The two sides' versions are too far apart: upgrade the older one.",
+    "VersionsTooFarApart": "The two sides' versions are too far apart: upgrade the older one.",
     "SignatureInvalid": "A reply was not signed by the site's key: treat as an incident.",
 }
 

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import FedRadError
+from common.errors import BackupInvalid, BackupRefused, FedRadError
 from server.backup import (
     MANIFEST,
-    BackupInvalid,
-    BackupRefused,
     is_key,
     read_passphrase,
     restore_backup,

@@ -9,7 +9,8 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from common.metrics_page import ListenAddressInvalid, MetricsPage, parse_listen
+from common.errors import ListenAddressInvalid
+from common.metrics_page import MetricsPage, parse_listen
 from server.metrics import registry_of, stage_seconds
 from tests.server.study_folder import SITES, eventful, write_folder
 
