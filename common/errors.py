@@ -707,7 +707,7 @@ class EvaluationBudgetExceeded(FedRadError):
     """A federated evaluation would cost more privacy than was set aside for evaluations."""
 
 
-# --- versions, backup and the pages for operators (common/compatibility, server/backup, common/metrics_page) --
+# --- versions, backup, pages for operators (common/compatibility, server/backup, common/metrics_page) -------
 
 
 class VersionsTooFarApart(VersionUnsupported):
