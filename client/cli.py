@@ -15,6 +15,7 @@ import typer
 from client import enrolment_cli
 from client.base_cli import base_app
 from client.data.cli import app as data_app
+from client.evaluate_cli import evaluate_command
 from client.release_cli import access_app, model_app
 from common.terminal import answer, bars, run_program
 
@@ -27,6 +28,7 @@ enrolment_cli.mount(app)
 app.add_typer(study_app, name="study")
 app.add_typer(data_app, name="data")
 app.add_typer(base_app, name="base")
+app.command("evaluate")(evaluate_command)
 app.add_typer(model_app, name="model")
 app.add_typer(access_app, name="access")
 

@@ -134,18 +134,28 @@ def parse_turns(answer: str) -> list[Turn]:
     return turns
 
 
-def local_endpoint(url: str, model: str, *, timeout_s: float = 120) -> Callable[[str], str]:
-    """Return a function that asks an OpenAI-compatible endpoint on a loopback address."""
+def local_endpoint(
+    url: str, model: str, *, timeout_s: float = 120, allow_remote: bool = False
+) -> Callable[[str], str]:
+    """Return a function that asks an OpenAI-compatible endpoint on a loopback address.
+
+    `allow_remote` permits https:// to another machine; what is asked then leaves this one.
+    """
     parts = urlsplit(url)
     host = parts.hostname or ""
-    if parts.scheme != "http" or not (host == "localhost" or _is_loopback(host)):
+    near = parts.scheme == "http" and (host == "localhost" or _is_loopback(host))
+    if not near and not (allow_remote and parts.scheme == "https" and host):
         raise InstructionRefused("expected http:// on a loopback address: reports do not leave this machine")
 
     def ask(prompt: str) -> str:
-        from http.client import HTTPConnection, HTTPException
+        from http.client import HTTPConnection, HTTPException, HTTPSConnection
 
         body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
-        connection = HTTPConnection(host, parts.port or 80, timeout=timeout_s)
+        connection = (
+            HTTPConnection(host, parts.port or 80, timeout=timeout_s)
+            if near
+            else HTTPSConnection(host, parts.port or 443, timeout=timeout_s)
+        )
         try:
             path = parts.path.rstrip("/") + "/chat/completions"
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
