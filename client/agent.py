@@ -273,6 +273,7 @@ class SiteAgent:
         newest = policy.verify_history(
             study, header, _records(meta["records"]), seen, adapter_sha256=meta["adapter_sha256"]
         )
+        policy.verify_step(study, vector, round=header.round, kept=state.kept_adapter())
         if study.masked:
             machine = running.masked.machine(header.round, header.attempt)
             parsed = parse_opening(bytes(opening))
@@ -287,6 +288,7 @@ class SiteAgent:
         running.masked.forget_before(newest.round)
         seed = state.begin(header, message.sha256, self._random(32))
         seed = self._charge(running, message, seed)
+        state.keep_adapter(header.round, bytes(blob))
         self._tell(study, header.round, Stage.CONTRIBUTE, 0)
         csprng = round_randomness(study, site=self.home.site, round=header.round, seed=seed)
         upload = keys = b""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from client.state import Seen
 from common.config import Study
 from common.errors import (
@@ -17,6 +19,7 @@ from common.errors import (
     PreviousStateMismatch,
     RoundAlreadyServed,
     RoundLimitReached,
+    StepTooLarge,
     WrongRound,
 )
 from common.model.lora import Vector, vector_from_bytes, vector_sha256
@@ -77,7 +80,7 @@ def extend_history(study: Study, records: Sequence[SignedRecord], seen: Seen) ->
     newest = seen
     if records:
         last = records[-1].record
-        newest = Seen(last.round, last.sha256, last.adapter_out)
+        newest = Seen(last.round, last.sha256, last.next_adapter)
     return newest
 
 
@@ -112,6 +115,25 @@ def verify_adapter(study: Study, blob: bytes | memoryview, *, adapter_sha256: st
     if got != adapter_sha256:
         raise AdapterInvalid(f"adapter: expected hash {adapter_sha256[:16]}…, got {got[:16]}…")
     return vector
+
+
+def verify_step(study: Study, adapter: Vector, *, round: int, kept: tuple[int, bytes] | None) -> None:
+    """Refuse an adapter further from the last one this site was given than the rounds between allow.
+
+    Each round moves it by at most optimizer.max_step_norm (L2), also where it went back to an earlier one.
+    """
+    if kept is None or kept[0] >= round:
+        return
+    before = vector_from_bytes(kept[1], study.adapter.tensors)
+    rounds = round - kept[0]
+    if study.acceptance is not None:
+        rounds += study.acceptance.every_rounds
+    norm = float(np.linalg.norm(adapter.astype(np.float64) - before))
+    limit = rounds * study.optimizer.max_step_norm
+    if norm > limit * (1 + 1e-5):
+        raise StepTooLarge(
+            f"optimizer.max_step_norm: expected at most {limit:g} in {rounds} rounds, got {norm:.4g}"
+        )
 
 
 def verify_roster(cohort: Sequence[str], roster: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
     seen.json                              the last round record this site verified
     begun/000012-1-contribute.json         request hash and round seed, written before data is touched
     spool/000012-1-contribute.reply        the reply, written before it is sent
+    adapter.f32                            the global adapter of the last round served
 
 Guarantees: for one (round, attempt, stage) only one request is ever served; the same request again gives the
 same bytes, from the spool or recomputed from the stored seed; another request is refused. The directory is
@@ -89,6 +90,18 @@ class SiteState:
     def spool(self, header: Header, reply: bytes) -> None:
         """Durably store a reply before it is sent."""
         write_atomic(self._spool_path(header), reply, mode=0o600)
+
+    def keep_adapter(self, round: int, adapter: bytes) -> None:
+        """Durably keep the adapter that a round starts from, to measure the next step by."""
+        write_atomic(self._directory / "adapter.f32", round.to_bytes(8, "little") + adapter, mode=0o600)
+
+    def kept_adapter(self) -> tuple[int, bytes] | None:
+        """Return the round whose adapter was kept last, and its bytes; None where none was."""
+        path = self._directory / "adapter.f32"
+        if not path.is_file():
+            return None
+        data = path.read_bytes()
+        return int.from_bytes(data[:8], "little"), data[8:]
 
     def last_attempt(self, round: int) -> int:
         """Return the highest attempt of a round that was begun, 0 when none was."""

@@ -218,22 +218,22 @@ class EvaluationSection:
 
 @dataclass(frozen=True)
 class AcceptanceSection:
-    """The operator's test of every new adapter on a public set; 0 rounds: none.
+    """The operator's test of a new adapter on a public set, every so many rounds.
 
     Where the mean loss per report token on the public set rises by more than `max_increase` nats over that of
     the last accepted adapter, or is not finite, the study goes back to that adapter.
     """
 
-    every_rounds: int = _number(0, 100_000, default=0)
+    every_rounds: int = _number(1, 100_000)
     max_increase: float = _number(0, 100, default=0.1)
     public_sha256: str = _text(r"(?:[0-9a-f]{64})?", "64 hex digits", default="")
 
 
 @dataclass(frozen=True)
 class AuditSection:
-    """What the operator keeps for auditors: every so many rounds the masked contributions; 0: none."""
+    """What the operator keeps for auditors: the masked contributions of every so many rounds."""
 
-    retain_every_rounds: int = _number(0, 100_000, default=0)
+    retain_every_rounds: int = _number(1, 100_000)
 
 
 @dataclass(frozen=True)
@@ -258,8 +258,8 @@ class Study:
     optimizer: OptimizerSection = OptimizerSection()
     privacy: PrivacySection = PrivacySection()
     evaluation: EvaluationSection = EvaluationSection()
-    acceptance: AcceptanceSection = AcceptanceSection()
-    audit: AuditSection = AuditSection()
+    acceptance: AcceptanceSection | None = None
+    audit: AuditSection | None = None
     testing: TestingSection | None = None
 
     @property
@@ -337,7 +337,7 @@ def verify_resolved(study: Study) -> None:
         raise ManifestInvalid("cohort.operator_key: expected the operator's public key, got none")
     if study.privacy.mode is not Mode.PLAIN and not (study.privacy.site_noise and study.privacy.delta):
         raise ManifestInvalid("privacy.site_noise: expected the calibrated noise multipliers, got none")
-    if study.acceptance.every_rounds and not study.acceptance.public_sha256:
+    if study.acceptance is not None and not study.acceptance.public_sha256:
         raise ManifestInvalid("acceptance.public_sha256: expected the hash of the public set, got none")
     for site in study.cohort.site:
         if not site.message_key:

@@ -43,6 +43,12 @@ class RoundRecord:
     site_share_sigma_units: float
     server_sigma_units: float
     time_unix_s: int
+    rolled_back_to: str = ""
+
+    @property
+    def next_adapter(self) -> str:
+        """The adapter that the next round starts from."""
+        return self.rolled_back_to or self.adapter_out
 
     @property
     def sha256(self) -> str:
@@ -108,7 +114,7 @@ def verify_chain(
 
 
 def _plain(record: RoundRecord) -> dict[str, Any]:
-    value = asdict(record)
+    value = {name: item for name, item in asdict(record).items() if name != "rolled_back_to" or item}
     for name in ("cohort", "contributors", "groups"):
         value[name] = list(value[name])
     return value
@@ -121,7 +127,9 @@ def _record(value: Any) -> RoundRecord:
         "learning_rate": float, "sampling_rate": float, "patients": int, "mode": str, "clip_norm": float,
         "site_share_sigma_units": float, "server_sigma_units": float, "time_unix_s": int,
     }  # fmt: skip
-    if not isinstance(value, dict) or set(value) != set(kinds):
+    if isinstance(value, dict) and "rolled_back_to" in value:
+        kinds["rolled_back_to"] = str
+    if not isinstance(value, dict) or set(value) != set(kinds) or value.get("rolled_back_to") == "":
         raise EnvelopeMalformed(f"round record: expected the fields {sorted(kinds)}")
     parsed = dict(value)
     for name, kind in kinds.items():

@@ -7,20 +7,25 @@ before anything else sees the sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from common.canonical import sha256_hex
 from common.config import Mode, Study
-from common.errors import AdapterInvalid
+from common.errors import AdapterInvalid, SumOutOfRange
 from common.ledger.entries import Participation
 from common.model.lora import group_mask, vector_size
 from common.privacy.sampling import Csprng
 from common.records import RoundRecord, SignedRecord
 from common.schedule import active_groups
+
+if TYPE_CHECKING:
+    from common.privacy.mechanism import PrivacyPlan
 
 Floats = npt.NDArray[np.float32]
 Units = npt.NDArray[np.uint32]
@@ -38,6 +43,14 @@ class Collected:
     floats: Mapping[str, Floats] | None = None
     units: Units | None = None
     aggregate: str = ""
+
+
+@dataclass(frozen=True)
+class SumRange:
+    """What honest sites' noised sum can be, in units: the largest coordinate and the largest L2 norm."""
+
+    coordinate_units: float
+    norm_units: float
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,11 @@ def parse_units(blob: memoryview, *, study: Study, site: str) -> Units:
 
 
 def protect(study: Study, collected: Collected, *, round: int) -> Protected:
-    """Turn a collected sum into the averaged gradient, with the server's own noise where it adds any."""
+    """Turn a collected sum into the averaged gradient, with the server's own noise where it adds any.
+
+    Raises SumOutOfRange for a sum that clipped gradients and their noise do not reach; the check reads the
+    sum with all its noise, so that its outcome costs no more privacy.
+    """
     if collected.units is None:
         return Protected(_average(study, collected.floats or {}), _share_sigma(study), 0.0)
     from common.privacy.mechanism import dequantise, top_up
@@ -76,11 +93,40 @@ def protect(study: Study, collected: Collected, *, round: int) -> Protected:
     noised = top_up(
         collected.units.view(np.int32)[trained], plan, _server_randomness(study, round), survivors=survivors
     )
+    _verify_range(noised, sum_range(plan, dimension=noised.size, survivors=survivors))
     gradient = np.zeros(trained.size, np.float64)
     gradient[trained] = dequantise(noised, plan) / study.training.denominator
     return Protected(
         gradient.astype(np.float32), plan.site_share_sigma_units, plan.server_topup_sigma_units(survivors)
     )
+
+
+def sum_range(plan: PrivacyPlan, *, dimension: int, survivors: int) -> SumRange:
+    """Bound the noised sum of honest sites, but for a chance below 1e-9 a round.
+
+    At most as many patients are drawn as twice the nominal number would give (the true number may differ from
+    the nominal one), each moves the sum by one clip at most, and the noise is Gaussian of a known width: its
+    coordinates stay within 8 sigma, its norm within sigma (sqrt(d) + 8) (Laurent & Massart 2000).
+    """
+    sigma = math.hypot(
+        math.sqrt(survivors) * plan.site_share_sigma_units, plan.server_topup_sigma_units(survivors)
+    )
+    expected = 2 * plan.denominator
+    clips = (expected + 6 * math.sqrt(expected) + 6) * plan.sensitivity_units
+    return SumRange(clips + 8 * sigma, clips + (math.sqrt(dimension) + 8) * sigma)
+
+
+def _verify_range(noised: npt.NDArray[np.int64], limit: SumRange) -> None:
+    largest = float(np.abs(noised).max(initial=0))
+    norm = float(np.linalg.norm(noised.astype(np.float64)))
+    for what, got, most in (
+        ("coordinate", largest, limit.coordinate_units), ("norm", norm, limit.norm_units),
+    ):  # fmt: skip
+        if got > most:
+            raise SumOutOfRange(
+                f"privacy.clip_norm: expected a sum whose {what} is at most {most:.4g} units, got {got:.4g}: "
+                "a site exceeded its clip, or the manifest's nominal number of patients is far too low"
+            )
 
 
 def release_epsilon(

@@ -24,7 +24,7 @@ from common.config import Study
 from common.errors import CheckpointInvalid, FedRadError, QuorumNotReached, RoundFailed
 from common.files import write_atomic
 from common.identity import SigningKey, load_key
-from common.ledger.entries import EndReason, Outcome, StudyEnd
+from common.ledger.entries import Acceptance, AdapterDecision, Body, EndReason, Incident, Outcome, StudyEnd
 from common.ledger.entries import RoundRecord as LoggedRound
 from common.ledger.release_proof import origin_of
 from common.ledger.sbom import code_sha256, dependencies_sha256, software
@@ -32,13 +32,14 @@ from common.ledger.statements import make_round
 from common.model.lora import Vector, read_adapter, vector_sha256, vector_size
 from common.privacy.study_plan import verify_plan
 from common.protocol import Message
-from common.records import SignedRecord, sign_record
+from common.records import RoundRecord, SignedRecord, sign_record
 from common.schedule import active_groups, learning_rate
-from server.aggregation import Collected, protect, release_epsilon
+from server.acceptance import Judge, Verdict, decide, due, open_judge
+from server.aggregation import Collected, Protected, protect, release_epsilon
 from server.bundles import LEDGER_NAME
 from server.checkpoint import Pending, StudyDirectory, StudyState
 from server.cohort import Cohort
-from server.collect import Attempt, MaskingBook, collect_direct, collect_masked, witness_first
+from server.collect import Attempt, MaskingBook, Retained, collect_direct, collect_masked, witness_first
 from server.log import Log
 from server.optimizer import take_step
 from server.round import (
@@ -54,6 +55,7 @@ from server.study_log import StudyLog, cosign_or_name
 log = logging.getLogger("fedrad.server")
 app = ServerApp()
 Clock = Callable[[], float]
+INCIDENTS = {"SumOutOfRange": "sum-out-of-range", "SecretWrong": "wrong-secret", "ShareWrong": "wrong-share"}
 
 
 @app.main()
@@ -73,6 +75,7 @@ class Run:
     clock: Clock
     code: str
     lockfile: str
+    judge: Judge | None = None
     histories: dict[str, int] = field(default_factory=dict)
     approvals: dict[str, bytes] = field(default_factory=dict)
 
@@ -85,12 +88,14 @@ class Run:
         return self.clock() + min(60.0, self.study.cohort.deadline_s)
 
 
-def run_study(grid: Grid, directory: Path, *, clock: Clock = time.time) -> StudyState:
+def run_study(
+    grid: Grid, directory: Path, *, clock: Clock = time.time, judge: Judge | None = None
+) -> StudyState:
     """Run a signed study's remaining rounds; raises RoundFailed when the manifest says to end.
 
     A study that has ended is witnessed once more: what was logged since (a release) gets its cosignatures.
     """
-    with _opened(grid, directory, clock) as run:
+    with _opened(grid, directory, clock, judge) as run:
         verify_plan(run.study)
         state = run.opened.load_state(_initial_adapter(run.opened))
         run.log.add_sealed(run.opened.round_entries())
@@ -104,14 +109,16 @@ def run_study(grid: Grid, directory: Path, *, clock: Clock = time.time) -> Study
 
 
 @contextlib.contextmanager
-def _opened(grid: Grid, directory: Path, clock: Clock) -> Iterator[Run]:
-    """Hold the study directory and its log for this process."""
+def _opened(grid: Grid, directory: Path, clock: Clock, judge: Judge | None) -> Iterator[Run]:
+    """Hold the study directory and its log for this process; load what the acceptance test needs."""
     with contextlib.closing(StudyDirectory(directory)) as opened:
         study, key = opened.study, load_key(opened.key_path)
+        if study.acceptance is not None and judge is None:
+            judge = open_judge(directory, study)
         with Log(directory / LEDGER_NAME, origin=origin_of(study), private_key=key.private) as book:
             yield Run(
                 opened, key, Cohort(grid, study, clock=clock), StudyLog(book, study, key, clock=clock), clock,
-                code_sha256(), dependencies_sha256(),
+                code_sha256(), dependencies_sha256(), judge,
             )  # fmt: skip
 
 
@@ -128,15 +135,13 @@ def _run_round(run: Run, state: StudyState) -> StudyState:
     while True:
         started = run.clock()
         attempt = Attempt(run.opened, run.key, run.cohort, state, pending, run.log, run.clock)
-        collected, reason = _collect(attempt)
-        served = len(collected.contributions)
+        collected, protected, reason = _collect(attempt)
         missing = _missing(study, pending, collected)
-        if not reason and served >= study.cohort.min_sites:
+        if protected is not None:
             break
-        _name_failure(run, attempt, missing, served, reason)
+        _name_failure(run, attempt, missing, len(collected.contributions), reason)
         pending = _new_attempt(run, round=round, attempt=pending.attempt + 1)
 
-    protected = protect(study, collected, round=round)
     adapter, optimizer, step_norm = take_step(
         study,
         state.adapter,
@@ -145,6 +150,8 @@ def _run_round(run: Run, state: StudyState) -> StudyState:
         groups=active_groups(study, round),
         learning_rate=learning_rate(study, round),
     )
+    after, verdict = _judged(run, state, replace(state, round=round, adapter=adapter, optimizer=optimizer))
+    rolled_back = verdict is not None and not verdict.passed
     record = make_record(
         study,
         state,
@@ -154,30 +161,73 @@ def _run_round(run: Run, state: StudyState) -> StudyState:
         missing=missing,
         site_share_sigma_units=protected.site_share_sigma_units,
         server_sigma_units=protected.server_sigma_units,
+        rolled_back_to=vector_sha256(after.adapter) if rolled_back else "",
         now_unix_s=run.clock(),
     )
     signed = sign_record(run.key, record)
-    entry = _logged_round(run, attempt, collected, signed)
-    after = StudyState(round, adapter, optimizer, record.sha256)
-    sealed = run.log.seal([entry])
+    entries: list[Body] = [_logged_round(run, attempt, collected, signed), *_decision(record, verdict)]
+    sealed = run.log.seal(entries)
+    after = replace(after, record_sha256=record.sha256)
     run.opened.save_round(after, signed, sealed)
     run.log.add_sealed(sealed)
     run.opened.clear_pending()
     for site in collected.contributions:
         run.histories[site] = round - 1
-    _log_round(run, pending, missing, step_norm=step_norm, seconds=run.clock() - started)
+    _log_round(run, pending, missing, verdict, step_norm=step_norm, seconds=run.clock() - started)
     return after
 
 
-def _collect(attempt: Attempt) -> tuple[Collected, str]:
-    """Collect an attempt's sum; one that ends without a sum gives none and the reason."""
+def _judged(run: Run, before: StudyState, after: StudyState) -> tuple[StudyState, Verdict | None]:
+    """Test a new adapter where it is due; one that fails is given up for the last accepted one."""
+    acceptance = run.study.acceptance
+    if acceptance is None or run.judge is None or not due(run.study, after.round):
+        return after, None
+    initial = _initial_adapter(run.opened)
+    accepted_loss = before.accepted_loss
+    if accepted_loss is None:
+        accepted_loss = run.judge(initial)
+    verdict = decide(acceptance, loss=run.judge(after.adapter), accepted_loss=accepted_loss)
+    if verdict.passed:
+        return replace(after, accepted_round=after.round, accepted_loss=verdict.loss), verdict
+    adapter, optimizer = run.opened.accepted(before, initial)
+    return replace(
+        after, adapter=adapter, optimizer=optimizer, accepted_round=after.round, accepted_loss=accepted_loss
+    ), verdict
+
+
+def _decision(record: RoundRecord, verdict: Verdict | None) -> list[Body]:
+    """Write the acceptance test's outcome down for the ledger; a rollback is an incident, too."""
+    if verdict is None:
+        return []
+    if verdict.passed:
+        accept = Acceptance.ACCEPT
+        return [
+            AdapterDecision(number=record.round, decision=accept, adapter=record.adapter_out, rejected="")
+        ]
+    return [
+        AdapterDecision(
+            number=record.round, decision=Acceptance.ROLLBACK, adapter=record.rolled_back_to,
+            rejected=record.adapter_out,
+        ),
+        Incident(code="adapter-rejected", site="", number=record.round, detail=""),
+    ]  # fmt: skip
+
+
+def _collect(attempt: Attempt) -> tuple[Collected, Protected | None, str]:
+    """Collect an attempt's sum and protect it; an attempt that fails gives no gradient but the reason."""
     missing: dict[str, str] = {}
+    study, round = attempt.study, attempt.pending.round
+    collected = Collected({}, missing)
     try:
-        if attempt.study.masked:
-            return collect_masked(attempt, MaskingBook(attempt.opened.directory, attempt.study), missing), ""
-        return collect_direct(replace(attempt, pending=witness_first(attempt))), ""
+        if study.masked:
+            collected = collect_masked(attempt, MaskingBook(attempt.opened.directory, study), missing)
+        else:
+            collected = collect_direct(replace(attempt, pending=witness_first(attempt)))
+        if len(collected.contributions) < study.cohort.min_sites:
+            return collected, None, ""
+        return collected, protect(study, collected, round=round), ""
     except FedRadError as error:
-        return Collected({}, missing), f"{error.code}: {error}"
+        return collected, None, f"{error.code}: {error}"
 
 
 def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
@@ -297,14 +347,19 @@ def _missing(study: Study, pending: Pending, collected: Collected) -> dict[str, 
 def _name_failure(run: Run, attempt: Attempt, missing: dict[str, str], served: int, why: str) -> None:
     """Write a failed attempt into log and ledger; raises RoundFailed where the manifest says to end."""
     study, pending = run.study, attempt.pending
-    run.log.add_round(
-        make_round(
-            study, number=pending.round, attempt=pending.attempt, outcome=Outcome.FAILED,
-            adapter_in=vector_sha256(attempt.state.adapter), cohort=pending.cohort,
-            participations=attempt.statements.values(), release_epsilon=run.log.release_epsilon,
-            code=run.code, lockfile=run.lockfile,
-        )
+    failed = make_round(
+        study, number=pending.round, attempt=pending.attempt, outcome=Outcome.FAILED,
+        adapter_in=vector_sha256(attempt.state.adapter), cohort=pending.cohort,
+        participations=attempt.statements.values(), release_epsilon=run.log.release_epsilon,
+        code=run.code, lockfile=run.lockfile,
     )  # fmt: skip
+    incidents = [
+        Incident(code=INCIDENTS[name], site="", number=pending.round, detail="")
+        for name in INCIDENTS
+        if name in why
+    ]
+    run.log.add_round(failed, *incidents)
+    Retained(run.opened.directory, study, pending).discard()
     for site, reason in missing.items():
         if reason.startswith("WitnessBehind"):
             run.histories.pop(site, None)  # asked again where it stands
@@ -349,6 +404,7 @@ def _log_round(
     run: Run,
     pending: Pending,
     missing: dict[str, str],
+    verdict: Verdict | None,
     *,
     step_norm: float,
     seconds: float,
@@ -357,6 +413,16 @@ def _log_round(
         "round", round=pending.round, attempt=pending.attempt, cohort=list(pending.cohort),
         missing=missing, seconds=round(seconds, 4), step_norm=step_norm,
     )  # fmt: skip
+    if verdict is not None:
+        run.opened.log(
+            "acceptance", round=pending.round, loss=verdict.loss, accepted_loss=verdict.accepted_loss,
+            passed=verdict.passed,
+        )  # fmt: skip
+        if not verdict.passed:
+            log.warning(
+                "round %d: public loss %.4f after %.4f: gone back to the adapter accepted last",
+                pending.round, verdict.loss, verdict.accepted_loss,
+            )  # fmt: skip
     size = 4 * vector_size(run.study.adapter.tensors)
     traffic = {
         "adapter_bytes": size, "messages": run.cohort.traffic.messages, "bytes": run.cohort.traffic.bytes,

@@ -40,12 +40,18 @@ _KEEP = 2
 
 @dataclass(frozen=True)
 class StudyState:
-    """After `round` (-1 before the first): adapter, optimizer, and the newest record's hash."""
+    """After `round` (-1 before the first): adapter, optimizer, and the newest record's hash.
+
+    `accepted_round` is the round whose adapter passed the acceptance test last (-1: the first adapter), and
+    `accepted_loss` its loss on the public set, None while no test was made.
+    """
 
     round: int
     adapter: Vector
     optimizer: OptimizerState
     record_sha256: str
+    accepted_round: int = -1
+    accepted_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,7 @@ class StudyDirectory:
         adapter = read_adapter(path, self.study.adapter.tensors)
         if vector_sha256(adapter) != state["adapter_sha256"]:
             raise CheckpointInvalid(f"{path}: expected adapter {state['adapter_sha256'][:16]}…, got another")
-        with (path / "optimizer.npz").open("rb") as handle:
-            arrays = np.load(handle, allow_pickle=False)
-            optimizer = OptimizerState(arrays["first"], arrays["second"], state["steps"])
+        optimizer = _read_optimizer(path, state)
         if len(self._records) == state["round"]:
             self._append_record(signed_from_json(state["record"]))
         if len(self._records) != state["round"] + 1:
@@ -125,7 +129,18 @@ class StudyDirectory:
             )
         if self._records[-1].record.sha256 != state["record_sha256"]:
             raise CheckpointInvalid(f"{path}: expected record {state['record_sha256'][:16]}…, got another")
-        return StudyState(state["round"], adapter, optimizer, state["record_sha256"])
+        return StudyState(
+            state["round"], adapter, optimizer, state["record_sha256"], state["accepted_round"],
+            state["accepted_loss"],
+        )  # fmt: skip
+
+    def accepted(self, state: StudyState, initial: Vector) -> tuple[Vector, OptimizerState]:
+        """Read the adapter that passed the acceptance test last, with the optimizer's state at that time."""
+        if state.accepted_round < 0:
+            return initial, initial_state(self.study)
+        path = self.directory / "rounds" / f"{state.accepted_round:06d}"
+        value = json.loads((path / "state.json").read_text())
+        return read_adapter(path, self.study.adapter.tensors), _read_optimizer(path, value)
 
     def save_round(self, state: StudyState, signed: SignedRecord, entries: Sequence[bytes] = ()) -> None:
         """Make a round durable: its state first, then its record; `load_state` mends a crash between.
@@ -147,6 +162,8 @@ class StudyDirectory:
             "record_sha256": state.record_sha256,
             "record": signed_to_json(signed),
             "entries": [entry.decode() for entry in entries],
+            "accepted_round": state.accepted_round,
+            "accepted_loss": state.accepted_loss,
         }
         write_atomic(staging / "state.json", canonical_json(value))
         final = self.directory / "rounds" / f"{state.round:06d}"
@@ -156,6 +173,8 @@ class StudyDirectory:
         self._append_record(signed)
         every = self.study.evaluation.every_rounds
         for old in self._rounds()[:-_KEEP]:
+            if int(old.name) == state.accepted_round:
+                continue
             if every and (int(old.name) + 1) % every == 0:
                 (old / "optimizer.npz").unlink(missing_ok=True)
             else:
@@ -211,6 +230,12 @@ class StudyDirectory:
     def _rounds(self) -> list[Path]:
         root = self.directory / "rounds"
         return sorted(p for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
+
+
+def _read_optimizer(path: Path, state: dict[str, Any]) -> OptimizerState:
+    with (path / "optimizer.npz").open("rb") as handle:
+        arrays = np.load(handle, allow_pickle=False)
+        return OptimizerState(arrays["first"], arrays["second"], state["steps"])
 
 
 def write_signed_study(directory: Path, manifest: bytes, signature: bytes) -> None:

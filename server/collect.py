@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -169,8 +170,8 @@ class Retained:
     """The contributions as they came, kept for auditors in the rounds that the manifest names."""
 
     def __init__(self, directory: Path, study: Study, pending: Pending) -> None:
-        every = study.audit.retain_every_rounds
-        self._kept = bool(every) and (pending.round + 1) % every == 0
+        audit = study.audit
+        self._kept = audit is not None and (pending.round + 1) % audit.retain_every_rounds == 0
         self._folder = directory / "retained" / f"{pending.round}-{pending.attempt}"
 
     def keep(self, site: str, contribution: Contribution) -> None:
@@ -190,6 +191,10 @@ class Retained:
                 if path.stem not in {*sites, "aggregate"}:
                     path.unlink()
         return commit(key, total.astype("<u4", copy=False).data)
+
+    def discard(self) -> None:
+        """Drop what an attempt without a sum left."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class MaskingBook:

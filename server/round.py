@@ -192,6 +192,7 @@ def make_record(
     missing: Mapping[str, str],
     site_share_sigma_units: float,
     server_sigma_units: float,
+    rolled_back_to: str,
     now_unix_s: float,
 ) -> RoundRecord:
     """Write down one served round; `missing` keeps only the reason's name, never free text of a site."""
@@ -215,4 +216,5 @@ def make_record(
         site_share_sigma_units=site_share_sigma_units,
         server_sigma_units=server_sigma_units,
         time_unix_s=int(now_unix_s),
+        rolled_back_to=rolled_back_to,
     )

@@ -50,10 +50,12 @@ name = "adam"                    # or "sgd" with momentum
 beta1 = 0.9
 beta2 = 0.99
 epsilon = 1e-8
+max_step_norm = {max_step_norm:g}               # no round moves the adapter further; sites check it
 
 {privacy}
 [cohort]
 min_sites = {min_sites}                    # below this many contributions a round fails
+witness_quorum = {min_sites}               # so many sites must cosign the ledger before a round is unmasked
 deadline_s = 600                 # of one attempt at a round
 max_attempts = 3                 # of each round
 on_failed_round = "repeat"       # or "end"
@@ -62,6 +64,9 @@ on_failed_round = "repeat"       # or "end"
 every_rounds = {every_rounds}                # adapters kept for the curves of the report
 max_studies = 400                # held-out studies per site
 resamples = 1000                 # bootstrap
+
+[audit]                          # masked contributions of these rounds are kept for the audit bundle
+retain_every_rounds = {every_retained}
 """
 
 _PLAIN = """\
@@ -106,6 +111,7 @@ class Recipe:
     max_tokens: int = 512
     max_new_tokens: int = 160
     microbatch_patients: int = 4
+    max_step_norm: float = 20.0
 
 
 TINY = Recipe(
@@ -117,6 +123,7 @@ TINY = Recipe(
     max_tokens=128,
     max_new_tokens=60,
     microbatch_patients=64,
+    max_step_norm=4.0,
 )
 
 
@@ -159,6 +166,7 @@ def study_template(
         stages=align + _stage("tune", rounds, recipe.learning_rate),
         sampling_rate=recipe.sampling_rate,
         patients=patients or 700 * len(sites),
+        max_step_norm=recipe.max_step_norm,
         max_tokens=recipe.max_tokens,
         max_new_tokens=recipe.max_new_tokens,
         microbatch=recipe.microbatch_patients,
@@ -166,6 +174,7 @@ def study_template(
         min_sites=len(sites) - dropouts if mode == "consortium" else max(1, len(sites) - 1),
         sites="".join(f'\n[[cohort.site]]\nid = "{site}"\n' for site in sites),
         every_rounds=max(1, rounds // 5),
+        every_retained=max(1, rounds // 2),
     )
 
 

@@ -111,10 +111,13 @@ class StudyLog:
         """Log sealed entries that are not logged yet, under a new checkpoint."""
         self._append_entries([parse_entry(e) for e in entries if sha256_hex(e) not in self._leaves])
 
-    def add_round(self, record: RoundRecord) -> None:
-        """Log one attempt, once; raises SignatureInvalid where a site did not sign its participation."""
+    def add_round(self, record: RoundRecord, *incidents: Incident) -> None:
+        """Log one attempt and what went wrong in it, once.
+
+        Raises SignatureInvalid where a site did not sign its participation.
+        """
         if not self.has_attempt(record.number, record.attempt):
-            self.add_sealed(self.seal([record]))
+            self._append_entries([parse_entry(entry) for entry in self.seal([record, *incidents])])
 
     def has_attempt(self, number: int, attempt: int) -> bool:
         """Tell whether this attempt's outcome is in the log."""

@@ -34,6 +34,7 @@ from common.identity import SigningKey, load_key
 from common.protocol import Header, Kind, Stage, read_header, seal, unpack_body
 from common.relay import RECORD, join_envelope, split_envelope
 from deploy.local.consortium import set_up
+from server.acceptance import Judge
 from server.app import run_study
 from server.checkpoint import StudyState
 
@@ -73,6 +74,7 @@ microbatch_patients = 8
 local_steps = {local_steps}
 [optimizer]
 name = "adam"
+max_step_norm = 5
 [privacy]
 {privacy}
 [cohort]
@@ -82,6 +84,8 @@ max_attempts = {max_attempts}
 witness_quorum = {min_sites}
 on_failed_round = "{on_failed_round}"
 {sites}
+[audit]
+retain_every_rounds = 2
 """
 
 _PRIVACY = {
@@ -185,6 +189,7 @@ class Consortium:
     after: Hook = lambda site, header, reply: reply
     away: set[str] = field(default_factory=set)
     sent: list[tuple[str, Stage, int, int]] = field(default_factory=list)
+    judge: Judge | None = None
     _agents: dict[str, SiteAgent] = field(default_factory=dict)
 
     @property
@@ -219,8 +224,9 @@ class Consortium:
 
     def run(self) -> StudyState:
         """Run the server's remaining rounds, as a new server process would."""
+        grid: Any = SimulatedGrid(self)
         with server_identity():
-            return run_study(SimulatedGrid(self), self.server, clock=self.clock)  # type: ignore[arg-type]
+            return run_study(grid, self.server, clock=self.clock, judge=self.judge)
 
     def close(self) -> None:
         for site in list(self._agents):
@@ -252,13 +258,14 @@ def build(
     strategy: str = "alternating",
     local_steps: int = 1,
     seed: int | None = 5,
+    acceptance: str = "",
 ) -> Consortium:
     """Copy a small signed consortium into `directory`; equal settings give the same study and keys."""
     template = _template(
         study_text(
             mode=mode, masking=masking, rounds=rounds, sites=sites, min_sites=min_sites, seed=seed,
             max_attempts=max_attempts, on_failed_round=on_failed_round, spare_rounds=spare_rounds,
-            strategy=strategy, local_steps=local_steps,
+            strategy=strategy, local_steps=local_steps, acceptance=acceptance,
         )
     )  # fmt: skip
     out = directory / "consortium"
@@ -351,6 +358,7 @@ def study_text(
     strategy: str = "alternating",
     local_steps: int = 1,
     seed: int | None = 5,
+    acceptance: str = "",
 ) -> str:
     """Write the manifest of a small study."""
     privacy = _PRIVACY[mode].format(spare_rounds=spare_rounds, masking=str(masking).lower())
@@ -359,6 +367,7 @@ def study_text(
         on_failed_round=on_failed_round, local_steps=local_steps,
         sites="".join(f'[[cohort.site]]\nid = "{site}"\n' for site in sites),
     )  # fmt: skip
+    text += f"[acceptance]\n{acceptance}\n" if acceptance else ""
     return text if seed is None else f"{text}[testing]\nseed = {seed}\n"
 
 

@@ -36,6 +36,8 @@ from common.errors import (
 )
 from common.identity import Purpose, SigningKey, load_key
 from common.model.lora import vector_sha256, vector_to_bytes
+from common.ledger.note import Note, format_note, parse_note
+from common.ledger.statements import commit, parse_participation
 from common.protocol import Kind, Stage, pack_body, unpack_body
 from common.records import sign_record, signed_from_json, signed_to_json
 from common.secagg.context import context_digest, keys_message, receipt_message, setup_digest
@@ -119,6 +121,12 @@ def parts_of(tape: Tape, round: int) -> tuple[dict[str, Any], bytes, bytes, byte
 def body_of(reply: bytes) -> bytes:
     assert not refusal_of(reply), unpack_body(split_message(reply)[2], fields={"error": str, "message": str})
     return split_message(reply)[2]
+
+
+def vector_of(reply: bytes) -> bytes:
+    """The vector of a contribution; statement and commitment rest on a seed of the agent's own."""
+    *_, vector = unpack_body(body_of(reply), fields={"adapter_sha256": str, "form": str}, parts=6)[1]
+    return bytes(vector)
 
 
 def charges(agent: SiteAgent) -> int:
@@ -339,7 +347,7 @@ def test_the_same_request_twice_gives_the_same_bytes(plain: Tape, before: Before
     agent = before(plain, Stage.CONTRIBUTE, 0)
     request = plain.requests[(Stage.CONTRIBUTE, 0)]
     first = agent.handle(Stage.CONTRIBUTE, request)
-    assert body_of(first) == body_of(plain.replies[(Stage.CONTRIBUTE, 0)])
+    assert vector_of(first) == vector_of(plain.replies[(Stage.CONTRIBUTE, 0)])
     assert agent.handle(Stage.CONTRIBUTE, request) == first
     again = SiteAgent(agent.home, models=POOL, clock=Clock())
     assert again.handle(Stage.CONTRIBUTE, request) == first
@@ -404,13 +412,13 @@ def first_record(tape: Tape) -> Any:
 def test_a_forged_record_is_refused(plain: Tape, before: Before) -> None:
     forged = sign_record(SigningKey.generate(), first_record(plain).record)
     request = contribute(plain, 1, records=[signed_to_json(forged)])
-    reply = before(plain, Stage.CONTRIBUTE, 1).handle(Stage.CONTRIBUTE, request)
+    reply = before(plain, Stage.WITNESS, 1).handle(Stage.CONTRIBUTE, request)
     assert refusal_of(reply) == "SignatureInvalid"
 
 
 def test_a_forked_history_is_refused_although_the_operator_signed_it(plain: Tape, before: Before) -> None:
     """The site has verified round 0; the server now shows a round 1 that builds on another round 0."""
-    agent = before(plain, Stage.CONTRIBUTE, 2)
+    agent = before(plain, Stage.WITNESS, 2)
     other = replace(first_record(plain).record, adapter_out="ef" * 32)
     second = signed_from_json(parts_of(plain, 2)[0]["records"][0]).record
     fork = sign_record(plain.world.operator, replace(second, previous=other.sha256))
@@ -421,7 +429,7 @@ def test_a_forked_history_is_refused_although_the_operator_signed_it(plain: Tape
 def test_a_record_of_another_study_is_refused(plain: Tape, before: Before) -> None:
     other = sign_record(plain.world.operator, replace(first_record(plain).record, study="12" * 32))
     request = contribute(plain, 1, records=[signed_to_json(other)])
-    reply = before(plain, Stage.CONTRIBUTE, 1).handle(Stage.CONTRIBUTE, request)
+    reply = before(plain, Stage.WITNESS, 1).handle(Stage.CONTRIBUTE, request)
     assert refusal_of(reply) == "WrongStudy"
 
 
@@ -461,6 +469,74 @@ def test_a_body_without_a_field_or_with_one_too_many_is_refused(
     for wrong in ({k: v for k, v in meta.items() if k != field}, meta | {field: True}, meta | {"x": 1}):
         request = plain.forge(Stage.CONTRIBUTE, 0, body=pack_body(wrong, *parts))
         assert refusal_of(agent.handle(Stage.CONTRIBUTE, request)) == "EnvelopeMalformed"
+
+
+# --- the ledger ---------------------------------------------------------------------------------------------
+
+
+def offered(tape: Tape, round: int) -> list[bytes]:
+    """Cosign request, entry and proof that a recorded contribute request shows."""
+    _, parts = unpack_body(parts_of(tape, round)[2], fields={}, parts=3)
+    return [bytes(part) for part in parts]
+
+
+def test_a_round_without_a_checkpoint_is_refused_before_a_charge(masked: Tape, before: Before) -> None:
+    agent = before(masked, Stage.CONTRIBUTE, 0)
+    _, entry, proof = offered(masked, 0)
+    reply = agent.handle(Stage.CONTRIBUTE, contribute(masked, 0, shown=pack_body({}, b"", entry, proof)))
+    assert refusal_of(reply) == "NoteInvalid"
+    assert charges(agent) == 0
+
+
+def test_a_record_that_is_not_in_the_witnessed_log_is_refused(masked: Tape, before: Before) -> None:
+    """The operator shows this site the log as it was before the round that the adapter comes from."""
+    agent = before(masked, Stage.CONTRIBUTE, 1)
+    request, _, _ = offered(masked, 1)
+    _, opening, proof = offered(masked, 0)
+    reply = agent.handle(Stage.CONTRIBUTE, contribute(masked, 1, shown=pack_body({}, request, opening, proof)))
+    assert refusal_of(reply) in ("InclusionInvalid", "LedgerInvalid")
+    assert charges(agent) == 1
+
+
+def test_a_shrunk_log_is_refused_and_named(masked: Tape, before: Before) -> None:
+    agent = before(masked, Stage.WITNESS, 2)
+    meta = {"records": []}
+    request = masked.forge(Stage.WITNESS, 2, body=pack_body(meta, parts_of(masked, 0)[2]))
+    assert refusal_of(agent.handle(Stage.WITNESS, request)) == "LogShrunk"
+    assert list((agent.home.directory / "witness").glob("*.fork"))
+
+
+def test_nothing_is_revealed_without_the_quorum(masked: Tape, before: Before) -> None:
+    survivors, key_set, witnessed = unmask_parts(masked)
+    note = parse_note(witnessed)
+    bare = format_note(Note(note.text, note.signatures[:2]))  # the operator's line and one witness
+    request = masked.forge(Stage.UNMASK, 0, body=pack_body({}, survivors, key_set, bare))
+    reply = before(masked, Stage.UNMASK, 0).handle(Stage.UNMASK, request)
+    assert refusal_of(reply) == "QuorumNotReached"
+
+
+def test_an_unmasked_round_without_the_quorum_is_refused(plain: Tape, before: Before) -> None:
+    note = parse_note(parts_of(plain, 0)[2])
+    bare = format_note(Note(note.text, note.signatures[:2]))
+    reply = before(plain, Stage.CONTRIBUTE, 0).handle(Stage.CONTRIBUTE, contribute(plain, 0, shown=bare))
+    assert refusal_of(reply) == "QuorumNotReached"
+
+
+def test_a_site_states_what_it_sent_and_spent_under_its_own_key(masked: Tape) -> None:
+    body = body_of(masked.replies[(Stage.CONTRIBUTE, 1)])
+    _, parts = unpack_body(body, fields={"adapter_sha256": str, "form": str}, parts=6)
+    statement = parse_participation(bytes(parts[3]))
+    assert commit(bytes(parts[4]), parts[5]) == statement.commitment
+    assert statement.epsilon > 0 and statement.sigma_units > 0 and not statement.summed
+
+
+def test_a_step_longer_than_the_manifest_allows_is_refused(plain: Tape, before: Before) -> None:
+    agent = before(plain, Stage.CONTRIBUTE, 1)
+    path = next((agent.home.directory / "state").rglob("adapter.f32"))
+    kept = path.read_bytes()
+    path.write_bytes(kept[:8] + vector_to_bytes(np.frombuffer(kept[8:], "<f4") + np.float32(1)))
+    reply = agent.handle(Stage.CONTRIBUTE, plain.requests[(Stage.CONTRIBUTE, 1)])
+    assert refusal_of(reply) == "StepTooLarge"
 
 
 # --- budget -------------------------------------------------------------------------------------------------
@@ -601,11 +677,15 @@ def test_a_round_replayed_with_another_adapter_is_refused(masked: Tape, before: 
     assert refusal_of(agent.handle(Stage.CONTRIBUTE, request)) == "RoundAlreadyServed"
 
 
+def unmask_parts(tape: Tape) -> tuple[bytes, bytes, bytes]:
+    body = split_message(tape.requests[(Stage.UNMASK, 0)])[2]
+    survivors, key_set, witnessed = unpack_body(body, fields={}, parts=3)[1]
+    return bytes(survivors), bytes(key_set), bytes(witnessed)
+
+
 def unmask_with(tape: Tape, change: Callable[[SurvivorSet], SurvivorSet]) -> bytes:
-    _, (survivors, key_set, witnessed) = unpack_body(
-        split_message(tape.requests[(Stage.UNMASK, 0)])[2], fields={}, parts=3
-    )
-    other = change(parse_survivor_set(bytes(survivors)))
+    survivors, key_set, witnessed = unmask_parts(tape)
+    other = change(parse_survivor_set(survivors))
     return tape.forge(Stage.UNMASK, 0, body=pack_body({}, format_survivor_set(other), key_set, witnessed))
 
 
@@ -637,10 +717,8 @@ def test_a_reveal_outside_the_study_is_refused(
 def test_a_second_survivor_set_in_another_attempts_name_is_refused(masked: Tape, before: Before) -> None:
     agent = before(masked, Stage.UNMASK, 0)
     body_of(agent.handle(Stage.UNMASK, masked.requests[(Stage.UNMASK, 0)]))
-    _, (survivors, key_set, witnessed) = unpack_body(
-        split_message(masked.requests[(Stage.UNMASK, 0)])[2], fields={}, parts=3
-    )
-    other = format_survivor_set(dropped(parse_survivor_set(bytes(survivors)), "beta"))
+    survivors, key_set, witnessed = unmask_parts(masked)
+    other = format_survivor_set(dropped(parse_survivor_set(survivors), "beta"))
     request = masked.forge(Stage.UNMASK, 0, attempt=2, body=pack_body({}, other, key_set, witnessed))
     assert refusal_of(agent.handle(Stage.UNMASK, request)) == "StageOutOfOrder"
 

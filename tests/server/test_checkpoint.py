@@ -43,7 +43,7 @@ def advance(world: Consortium, state: StudyState) -> tuple[StudyState, SignedRec
     pending = plan_attempt(study, round=round, attempt=1, cohort=("alpha",), histories={}, sizes={}, now_unix_s=1.0)
     record = make_record(
         study, state, pending, adapter_out=vector_sha256(adapter), contributions={"alpha": "ab" * 32},
-        missing={"beta": "refused: because of x"}, site_share_sigma_units=0.0, server_sigma_units=0.0,
+        missing={"beta": "refused: because of x"}, site_share_sigma_units=0.0, server_sigma_units=0.0, rolled_back_to="",
         now_unix_s=1.0,
     )  # fmt: skip
     assert record.missing == {"beta": "refused"}

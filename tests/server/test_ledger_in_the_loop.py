@@ -1,0 +1,221 @@
+"""A study's ledger as the server loop writes it and its sites witness it, up to the audit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import RoundFailed
+from common.ledger.audit import verify_bundle
+from common.ledger.entries import AdapterDecision, Entry, Incident, RoundRecord
+from common.ledger.findings import Status
+from common.ledger.release_proof import trust_of
+from common.model.lora import vector_sha256
+from common.protocol import Header, Stage
+from server.bundles import export_run
+from server.checkpoint import read_records
+from tests.simulator import SITES, Consortium, build
+
+Make = Callable[..., Consortium]
+SOFTWARE = "fedrad 0.1.0"
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    made: list[Consortium] = []
+
+    def one(**settings: Any) -> Consortium:
+        made.append(build(tmp_path / str(len(made)), **settings))
+        return made[-1]
+
+    yield one
+    for world in made:
+        world.close()
+
+
+def audited(world: Consortium) -> dict[str, Status]:
+    bundle = export_run(world.server, exported_s=int(world.clock()), software=SOFTWARE)
+    report = verify_bundle(bundle, trusted=trust_of(world.study).log)
+    failed = [finding for finding in report.findings if finding.status is Status.FAIL]
+    assert failed == []
+    return {finding.control: finding.status for finding in report.findings}
+
+
+def entries(world: Consortium) -> list[Entry]:
+    from common.ledger.entries import parse_entry
+
+    lines = (world.server / "ledger" / "entries.jsonl").read_bytes().splitlines()
+    return [parse_entry(line) for line in lines]
+
+
+@pytest.mark.parametrize("mode", ["consortium", "local", "plain"])
+def test_a_study_of_each_mode_passes_its_audit(make: Make, mode: str) -> None:
+    world = make(mode=mode, rounds=2)
+    world.run()
+    found = audited(world)
+    kinds = [entry.kind for entry in entries(world)]
+    assert kinds == ["study", *["approval"] * 4, "round", "round", "end"]
+    for control in ("log-history", "witness-quorum", "round-chain", "contribution-signatures",
+                    "site-records", "completeness"):  # fmt: skip
+        assert found[control] is Status.PASS
+    if mode == "consortium":
+        assert {found[c] for c in ("site-epsilon", "release-epsilon", "budgets", "mechanism", "aggregate")} == {
+            Status.PASS
+        }
+
+
+def test_a_dropout_and_a_failed_attempt_stand_in_the_ledger_and_pass_the_audit(make: Make) -> None:
+    world = make(mode="consortium", rounds=3)
+
+    def before(to: str, header: Header, request: bytes) -> bytes | None:
+        early = header.stage is Stage.CONTRIBUTE and header.attempt == 1
+        lost = (to == "beta" and header.round == 0) or (to in ("beta", "gamma") and header.round == 1)
+        return None if early and lost else request
+
+    world.before = before
+    world.run()
+    audited(world)
+    rounds = [entry.body for entry in entries(world) if isinstance(entry.body, RoundRecord)]
+    assert [(r.number, r.attempt, r.outcome.value) for r in rounds] == [
+        (0, 1, "released"), (1, 1, "failed"), (1, 2, "released"), (2, 1, "released"),
+    ]  # fmt: skip
+    assert rounds[0].dropouts == ("beta",)
+
+
+def test_an_audit_catches_a_retained_contribution_that_was_exchanged(make: Make) -> None:
+    world = make(mode="consortium", rounds=2)
+    world.run()
+    (path,) = (world.server / "retained").glob("1-1/beta.bin")
+    data = path.read_bytes()
+    path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    bundle = export_run(world.server, exported_s=int(world.clock()), software=SOFTWARE)
+    report = verify_bundle(bundle, trusted=trust_of(world.study).log)
+    assert [f.control for f in report.findings if f.status is Status.FAIL] == ["aggregate"]
+
+
+def test_a_quorum_that_does_not_cosign_stops_the_round(make: Make) -> None:
+    """Two of four sites send cosignatures that are none: nothing is unmasked, every attempt is named."""
+    world = make(mode="consortium", rounds=1, max_attempts=2, spare_rounds=4)
+    for site in ("alpha", "beta"):
+        agent = world.agent(site)
+        agent._witness_key = world.agent("gamma")._witness_key
+    with pytest.raises(RoundFailed):
+        world.run()
+    assert read_records(world.server) == []
+
+
+def test_the_operator_that_signs_another_log_is_refused_by_every_site(make: Make) -> None:
+    """The ledger is put back to its state before a round and goes on otherwise: a fork."""
+    world = make(mode="consortium", rounds=2)
+    seen: list[bytes] = []
+    ledger = world.server / "ledger"
+
+    def after(of: str, header: Header, reply: bytes) -> bytes:
+        if header.stage is Stage.UNMASK and header.round == 0 and not seen:
+            seen.append((ledger / "entries.jsonl").read_bytes())
+        return reply
+
+    world.after = after
+    world.run()
+    shutil.rmtree(ledger)
+    world.clock.now += 5
+    world.run()  # the end is logged anew in an empty log
+    lines = [json.loads(line) for line in (world.server / "log.jsonl").read_text().splitlines()]
+    reasons = [e["reason"] for e in lines if e["event"] == "finish-not-acknowledged"]
+    assert len(reasons) == 4 and all("LogShrunk" in r or "LogForked" in r for r in reasons)
+
+
+# --- acceptance and rollback --------------------------------------------------------------------------------
+
+
+PUBLIC = f'every_rounds = 1\nmax_increase = 0.1\npublic_sha256 = "{"ab" * 32}"'
+
+
+def test_an_adapter_that_fails_on_the_public_set_is_rolled_back_and_the_study_goes_on(make: Make) -> None:
+    world = make(mode="consortium", rounds=4, acceptance=PUBLIC)
+    judged: list[str] = []
+
+    def judge(vector: Any) -> float:
+        judged.append(vector_sha256(vector))
+        return {3: 9.0, 4: float("nan")}.get(len(judged), 2.0)
+
+    world.judge = judge
+    state = world.run()
+    records = [signed.record for signed in read_records(world.server)]
+    assert [bool(r.rolled_back_to) for r in records] == [False, True, True, False]
+    assert records[1].rolled_back_to == records[0].adapter_out == records[2].adapter_in
+    assert records[2].rolled_back_to == records[0].adapter_out == records[3].adapter_in
+    assert vector_sha256(state.adapter) == records[3].adapter_out
+    audited(world)
+    bodies = [entry.body for entry in entries(world)]
+    decisions = [body.decision.value for body in bodies if isinstance(body, AdapterDecision)]
+    assert decisions == ["accept", "rollback", "rollback", "accept"]
+    assert [body.code for body in bodies if isinstance(body, Incident)] == ["adapter-rejected"] * 2
+
+
+def test_a_rollback_survives_a_killed_server(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {1: 2.0, 2: 9.0}
+
+    def world_with_judge() -> Consortium:
+        world = make(mode="plain", rounds=3, acceptance=PUBLIC)
+        calls: list[int] = []
+
+        def judge(vector: Any) -> float:
+            calls.append(1)
+            return losses.get(len(calls), 2.0)
+
+        world.judge = judge
+        return world
+
+    wanted = world_with_judge().run()
+    world = world_with_judge()
+    real = world.before
+
+    class Killed(BaseException):
+        pass
+
+    def before(to: str, header: Header, request: bytes) -> bytes | None:
+        if header.round == 1 and header.stage is Stage.CONTRIBUTE and world.before is before:
+            world.before = real
+            raise Killed
+        return request
+
+    world.before = before
+    with pytest.raises(Killed):
+        world.run()
+    assert vector_sha256(world.run().adapter) == vector_sha256(wanted.adapter)
+
+
+def test_a_site_beyond_its_clip_is_found_in_the_sum_and_stands_as_an_incident(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What secure aggregation hides in one site shows in the sum when it is large enough."""
+    import numpy as np
+
+    import client.agent
+
+    world = make(mode="consortium", rounds=1, max_attempts=2, spare_rounds=4)
+    real = client.agent.noised_sum
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        units = real(*args, **kwargs)
+        return units + np.uint32(1 << 26)
+
+    monkeypatch.setattr(client.agent, "noised_sum", poisoned)
+    with pytest.raises(RoundFailed):
+        world.run()
+    bodies = [entry.body for entry in entries(world)]
+    assert [body.code for body in bodies if isinstance(body, Incident)] == ["sum-out-of-range"] * 2
+    assert not any(isinstance(b, RoundRecord) and b.outcome.value == "released" for b in bodies)
+
+
+def test_the_sites_of_the_study_are_its_witnesses(make: Make) -> None:
+    world = make(mode="plain", rounds=1)
+    world.run()
+    newest = sorted((world.server / "ledger" / "checkpoints").glob("*.note"))[-1].read_text()
+    assert all(f"— {site} " in newest for site in SITES)
