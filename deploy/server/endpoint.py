@@ -52,7 +52,9 @@ def answer_request(home: ServerHome, authority: Authority, data: bytes, *, now: 
             f"site {asked.site}: expected a clock within {MAX_SKEW_S:g} s of the server's, got one that is "
             f"{abs(skew_s):.0f} s {'ahead' if skew_s > 0 else 'behind'}"
         )
-    log.info("a site asks", extra={"site": asked.site, "reason": asked.ask.value})
+    log.info(
+        "%s asks: %s", asked.site, asked.ask.value, extra={"site": asked.site, "reason": asked.ask.value}
+    )
     if asked.ask is Ask.RENEW:
         bundle = renew(home, authority, asked.site, asked.argument, now=now)
         return {"bundle": format_bundle(bundle).decode()}

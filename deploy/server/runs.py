@@ -105,7 +105,7 @@ class StudyRuns:
         (submitted.directory / OUTCOME_NAME).unlink(missing_ok=True)
         run_id = self._control.start_run(FAB, {"study-dir": str(submitted.directory.absolute())})
         self._runs[name] = _Run(run_id, self._clock())
-        log.info("a study starts", extra={"study": submitted.study.sha256})
+        log.info("study %s starts", name, extra={"study": submitted.study.sha256})
 
     def _follow(self, name: str, submitted: Submitted, run: _Run) -> None:
         """Look at Flower's word and at the study's lock; forget a run that is over."""
@@ -126,7 +126,7 @@ class StudyRuns:
         state, reason = read_outcome(submitted.directory)
         if state == "finished":
             self._waits.pop(name, None)
-            log.info("a study has finished", extra={"study": submitted.study.sha256})
+            log.info("study %s has finished", name, extra={"study": submitted.study.sha256})
             return
         before = self._waits.get(name)
         longest = self._home.policy.study_retry_s
@@ -134,7 +134,12 @@ class StudyRuns:
         why = reason or f"its ServerApp ended ({status.text or 'no word'})"
         self._waits[name] = _Wait(now + pause, pause, why)
         code = reason.partition(":")[0] or "ServerAppEnded"
-        log.warning("a study's ServerApp ended", extra={"study": submitted.study.sha256, "reason": code})
+        log.warning(
+            "the ServerApp of %s ended: %s",
+            name,
+            why,
+            extra={"study": submitted.study.sha256, "reason": code},
+        )
 
     @staticmethod
     def _write_nodes(submitted: Submitted, nodes: Mapping[str, int]) -> None:

@@ -207,7 +207,7 @@ class _Server:
                 try:
                     registered[name] = self._control.register_node(key, name=name)
                     self._warnings.pop(f"node {name}", None)
-                    log.info("a node is registered", extra={"site": name})
+                    log.info("the node of %s is registered", name, extra={"site": name})
                 except (httpx.HTTPStatusError, EngineFailed):
                     self._warnings[f"node {name}"] = (
                         f"Flower does not take the node key of {name} again: ask for `fedrad-site rotate`"

@@ -123,6 +123,10 @@ def ask_server(route: Route, body: bytes, *, with_certificate: bool = True) -> d
         value = json.loads(data)
     except ValueError:
         value = None
+    if response.status == http.client.FORBIDDEN and not isinstance(value, dict):
+        raise DoorClosed(
+            f"server {route.host}: the certificate is not accepted (revoked, expired or another's)"
+        )
     if not isinstance(value, dict) or "time_s" not in value:
         raise ServerUnreachable(f"server {route.host}: expected an answer, got HTTP {response.status}")
     if "error" in value:
@@ -133,6 +137,10 @@ def ask_server(route: Route, body: bytes, *, with_certificate: bool = True) -> d
 
 class ServerRefused(ServerUnreachable):
     """The server answered and refused; the message starts with its error's name."""
+
+
+class DoorClosed(ServerRefused):
+    """The server's proxy did not accept this site's certificate."""
 
 
 class Gateway:

@@ -35,7 +35,7 @@ from common.enrolment import Ask, SignedSiteRequest, format_site_request, parse_
 from common.errors import FedRadError, SiteRevoked
 from common.files import write_atomic
 from deploy.local.certificates import write_loopback_tls
-from deploy.site.gateway import Gateway, Route, ServerRefused, ask_server
+from deploy.site.gateway import DoorClosed, Gateway, Route, ServerRefused, ask_server
 
 log = logging.getLogger("fedrad.link")
 
@@ -156,7 +156,11 @@ class SiteLink:
 
     def _send(self, request: SignedSiteRequest, *, with_certificate: bool = True) -> dict[str, Any]:
         before = self._clock().timestamp()
-        value = ask_server(self.route(), format_site_request(request), with_certificate=with_certificate)
+        data = format_site_request(request)
+        try:
+            value = ask_server(self.route(), data, with_certificate=with_certificate)
+        except DoorClosed:  # without the certificate the server says why, or renews it
+            value = ask_server(self.route(), data, with_certificate=False)
         ahead_s = (before + self._clock().timestamp()) / 2 - float(value["time_s"])
         if abs(ahead_s) > SKEW_WARNING_S and self._status["clock_ahead_s"] is None:
             log.warning("ClockSkewed: this clock is %s s ahead of the server's", round(ahead_s))

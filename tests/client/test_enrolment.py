@@ -1,0 +1,213 @@
+"""A site's side of enrolment: keys made here, bundles installed only where they fit, rotation, renewal."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from client.enrolment import (
+    certificate_path,
+    install_bundle,
+    load_ec_key,
+    node_key_path,
+    read_enrolled,
+    renewal_request,
+    request_enrolment,
+    request_rotation,
+    tls_key_path,
+    verify_operator,
+)
+from client.home import SiteHome, create_home, open_home
+from common.enrolment import (
+    Ask,
+    SignedBundle,
+    fingerprint_of,
+    format_request,
+    parse_request,
+    sign_bundle,
+    verify_request,
+    verify_rotations,
+    verify_site_request,
+)
+from common.errors import (
+    CertificateInvalid,
+    EnrolmentInvalid,
+    FingerprintMismatch,
+    KeyFileInvalid,
+    SignatureInvalid,
+    SiteNotEnrolled,
+)
+from common.identity import SigningKey, fingerprint
+from server.consortium import ServerHome, create_server_home
+from server.enrolment import approve, renew, rotate
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+KEYS = ("tls.key", "node.key", "message.key", "witness.key")
+
+
+@pytest.fixture()
+def server(tmp_path: Path) -> ServerHome:
+    return create_server_home(tmp_path / "srv", consortium="lab", address="localhost:8443", now=NOW)
+
+
+def new_home(tmp_path: Path, server: ServerHome, site: str = "north") -> SiteHome:
+    return create_home(
+        tmp_path / site, site=site, operator_key=server.message_key().public, data=tmp_path, bases={}
+    )
+
+
+def answer(server: ServerHome, home: SiteHome, *, now: datetime = NOW) -> SignedBundle:
+    request = request_enrolment(home, software="fedrad 0.1.0", now=now)
+    return approve(server, server.authority(), request, fingerprint=fingerprint_of(request.keys), now=now)
+
+
+def test_four_keys_are_made_at_the_site_and_none_is_in_the_request(
+    tmp_path: Path, server: ServerHome
+) -> None:
+    home = new_home(tmp_path, server)
+    request = request_enrolment(home, software="fedrad 0.1.0", now=NOW)
+    verify_request(request)
+    data = format_request(request)
+    for name in KEYS:
+        path = home.directory / "keys" / name
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        secret = b"".join(path.read_bytes().split(b"\n")[1:-2])
+        assert secret and secret not in data.replace(b"\\n", b"")
+    assert b"PRIVATE" not in data
+
+
+def test_asked_again_the_request_is_the_same(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    first = request_enrolment(home, software="fedrad 0.1.0", now=NOW)
+    assert request_enrolment(home, software="fedrad 0.1.0", now=NOW + timedelta(days=1)) == first
+    (home.directory / "keys" / "tls.key").unlink()
+    assert request_enrolment(home, software="fedrad 0.1.0", now=NOW) != first
+
+
+def test_a_bundle_makes_the_site_enrolled_for_a_week(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    with pytest.raises(SiteNotEnrolled):
+        read_enrolled(home)
+    enrolled = install_bundle(home, answer(server, home))
+    assert (enrolled.consortium, enrolled.host, enrolled.port) == ("lab", "localhost", 8443)
+    assert enrolled.not_after == NOW + timedelta(days=7)
+    assert enrolled.renew_after == NOW + timedelta(days=7) * 2 / 3
+
+
+def test_the_operators_key_is_believed_after_the_call_only(tmp_path: Path, server: ServerHome) -> None:
+    home = replace(new_home(tmp_path, server), operator_key="")
+    signed = answer(server, home)
+    with pytest.raises(SignatureInvalid):
+        install_bundle(home, signed)
+    with pytest.raises(FingerprintMismatch):
+        verify_operator(signed, fingerprint_read_out="0000 0000 0000 0000 0000 0000 0000 0000")
+    verify_operator(signed, fingerprint_read_out=fingerprint(server.message_key().public).upper())
+
+
+def test_a_bundle_of_another_site_operator_or_authority_is_refused(
+    tmp_path: Path, server: ServerHome
+) -> None:
+    home, south = new_home(tmp_path, server), new_home(tmp_path, server, "south")
+    signed = answer(server, home)
+    with pytest.raises(EnrolmentInvalid, match="for site north"):
+        install_bundle(home, answer(server, south))
+    with pytest.raises(SignatureInvalid):
+        install_bundle(home, sign_bundle(signed.bundle, SigningKey.generate()))
+    install_bundle(home, signed)
+    other = create_server_home(tmp_path / "other", consortium="lab", address="localhost:8443", now=NOW)
+    request = request_enrolment(home, software="fedrad 0.1.0", now=NOW)
+    elsewhere = approve(other, other.authority(), request, fingerprint=fingerprint_of(request.keys), now=NOW)
+    with pytest.raises(CertificateInvalid, match="expected this authority"):
+        install_bundle(home, sign_bundle(elsewhere.bundle, server.message_key()))
+
+
+def test_a_certificate_of_another_key_is_refused(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    signed = answer(server, home)
+    tls_key_path(home).unlink()
+    request_enrolment(home, software="fedrad 0.1.0", now=NOW)
+    with pytest.raises(CertificateInvalid, match="this site's TLS key"):
+        install_bundle(home, signed)
+
+
+def test_renewal_keeps_the_key_and_moves_the_end(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    install_bundle(home, answer(server, home))
+    key, later = tls_key_path(home).read_bytes(), NOW + timedelta(days=5)
+    request = renewal_request(home, now=later, nonce="ab" * 16)
+    assert request.request.ask is Ask.RENEW
+    verify_site_request(request, message_key=home.message_key().public)
+    signed = renew(server, server.authority(), "north", request.request.argument, now=later)
+    assert install_bundle(home, signed).not_after == later + timedelta(days=7)
+    assert tls_key_path(home).read_bytes() == key
+
+
+@pytest.mark.parametrize("message_keys", [False, True])
+def test_rotation_serves_with_the_old_keys_until_the_answer_is_in(
+    tmp_path: Path, server: ServerHome, message_keys: bool
+) -> None:
+    home = new_home(tmp_path, server)
+    old = install_bundle(home, answer(server, home))
+    before = {name: (home.directory / "keys" / name).read_bytes() for name in KEYS}
+    request = request_rotation(home, software="fedrad 0.1.0", now=NOW, message_keys=message_keys)
+    assert request == parse_request(format_request(request))
+    assert {name: (home.directory / "keys" / name).read_bytes() for name in KEYS} == before
+    assert read_enrolled(home) == old
+    signed = rotate(server, server.authority(), request, fingerprint=fingerprint_of(request.keys), now=NOW)
+    install_bundle(home, signed)
+    changed = {name for name in KEYS if (home.directory / "keys" / name).read_bytes() != before[name]}
+    assert changed == ({*KEYS} if message_keys else {"tls.key", "node.key"})
+    assert not (home.directory / "next").exists()
+    assert home.message_key().public == request.keys.message_key
+    install_bundle(home, signed)  # a second time: nothing moves any more
+
+
+def test_a_rotation_asked_twice_keeps_its_new_keys(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    first_bundle = answer(server, home)
+    install_bundle(home, first_bundle)
+    first = request_rotation(home, software="fedrad 0.1.0", now=NOW)
+    second = request_rotation(home, software="fedrad 0.1.0", now=NOW)
+    assert fingerprint_of(first.keys)[:4] and first.keys.node_key == second.keys.node_key
+    enrolled = approve_view(server)
+    verify_rotations(second, enrolled)
+
+
+def approve_view(server: ServerHome):  # type: ignore[no-untyped-def]
+    from server.enrolment import read_site
+
+    return read_site(server, "north").enrolled
+
+
+def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    request_enrolment(home, software="fedrad 0.1.0", now=NOW)
+    node_key_path(home).chmod(0o640)
+    with pytest.raises(KeyFileInvalid, match="0600"):
+        load_ec_key(node_key_path(home))
+
+
+def test_keys_are_taken_from_systemds_credentials(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    request_enrolment(home, software="fedrad 0.1.0", now=NOW)
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    public = home.message_key().public
+    for name in KEYS:
+        (home.directory / "keys" / name).rename(credentials / f"fedrad-{name}")
+    opened = open_home(home.directory, credentials=credentials)
+    assert opened.message_key().public == public
+    assert tls_key_path(opened) == credentials / "fedrad-tls.key"
+    with pytest.raises(KeyFileInvalid):
+        open_home(home.directory).message_key()
+
+
+def test_the_certificate_is_public_and_the_key_is_not(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    install_bundle(home, answer(server, home))
+    assert b"PRIVATE" not in certificate_path(home).read_bytes()
+    assert stat.S_IMODE((home.directory / "keys").stat().st_mode) == 0o700
