@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 import ssl
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,11 @@ def verify_plan(plan: ReceiverPlan) -> None:
         )
 
 
-def start_receiver(plan: ReceiverPlan) -> Receiver:
-    """Start to listen in a thread and return the receiver; raises ReceiverRefused."""
+def start_receiver(plan: ReceiverPlan, *, stored: Callable[[], None] = lambda: None) -> Receiver:
+    """Start to listen in a thread and return the receiver; raises ReceiverRefused.
+
+    `stored` is called, from the receiver's threads, after each image that is new.
+    """
     from pynetdicom import AE, evt
     from pynetdicom.sop_class import (
         ComputedRadiographyImageStorage,
@@ -93,7 +97,7 @@ def start_receiver(plan: ReceiverPlan) -> Receiver:
             (plan.address, plan.port),
             block=False,
             ssl_context=_tls(plan),
-            evt_handlers=[(evt.EVT_C_STORE, lambda event: _store(event, plan, receiver))],
+            evt_handlers=[(evt.EVT_C_STORE, lambda event: _store(event, plan, receiver, stored))],
         )
     except OSError as error:
         raise ReceiverRefused(f"cannot listen on {plan.address}:{plan.port}: {error.strerror}") from error
@@ -101,7 +105,7 @@ def start_receiver(plan: ReceiverPlan) -> Receiver:
     return receiver
 
 
-def _store(event: Any, plan: ReceiverPlan, receiver: Receiver) -> int:
+def _store(event: Any, plan: ReceiverPlan, receiver: Receiver, stored: Callable[[], None]) -> int:
     uid = str(event.request.AffectedSOPInstanceUID)
     name = hashlib.sha256(uid.encode()).hexdigest()
     path = plan.inbox / name[:2] / f"{name[:40]}.dcm"
@@ -124,6 +128,7 @@ def _store(event: Any, plan: ReceiverPlan, receiver: Receiver) -> int:
             receiver.refused += 1
             return NOT_UNDERSTOOD
         receiver.stored += 1
+    stored()
     return SUCCESS
 
 
