@@ -38,10 +38,14 @@ bench: $(STAMP)
 figures: $(STAMP)
 	$(BIN)/python -m deploy.local.figures --out docs/figures
 
-# Debian's tesseract reads burned-in text in X-rays; tests that need it are skipped where it cannot be had.
+# From Debian: tesseract reads burned-in text in X-rays, nginx and Caddy stand before the server. Tests that need
+# one of them are skipped where it cannot be had.
+DEBIAN := tesseract-ocr nginx-light caddy
 system:
-	@command -v tesseract >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
-	  apt-get install -y -qq tesseract-ocr >/dev/null; } || echo "tesseract-ocr not installed: OCR tests are skipped" >&2
+	@present=$$(dpkg-query -W -f='$${Package} $${Status}\n' $(DEBIAN) 2>/dev/null | grep -c "ok installed" || true); \
+	[ "$$present" = $(words $(DEBIAN)) ] || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null; } || \
+	  echo "not all of $(DEBIAN) are installed: their tests are skipped" >&2
 
 clean:
 	rm -rf $(VENV) runs benchmarks.json
