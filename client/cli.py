@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client import enrolment_cli
+from client import doctor_cli, enrolment_cli
 from client.base_cli import base_app
 from client.data.cli import app as data_app
 from client.evaluate_cli import evaluate_command
+from client.pacs_cli import pacs_app
 from client.release_cli import access_app, model_app
 from common.terminal import answer, bars, run_program
 
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 app = typer.Typer(help="A hospital's side of FedRad.", no_args_is_help=True)
 study_app = typer.Typer(help="Studies offered to this site.", no_args_is_help=True)
 enrolment_cli.mount(app)
+doctor_cli.mount(app)
 app.add_typer(study_app, name="study")
 app.add_typer(data_app, name="data")
 app.add_typer(base_app, name="base")
 app.command("evaluate")(evaluate_command)
 app.add_typer(model_app, name="model")
 app.add_typer(access_app, name="access")
+app.add_typer(pacs_app, name="pacs")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Home = Annotated[
