@@ -1,4 +1,4 @@
-"""`fedrad-site pacs …`: the PACS loop's configuration and its queue. `fedrad-site serve --pacs` runs the loop."""
+"""`fedrad-site pacs …`: the PACS loop's configuration and its queue; `serve --pacs` runs the loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="pacs.toml")]
 
 @pacs_app.callback()
 def pacs() -> None:
-    """Images in by C-STORE, preliminary reports out as DICOM SR and FHIR; `fedrad-site serve --pacs` runs it."""
+    """Images in by C-STORE, preliminary reports out as DICOM SR and FHIR; `serve --pacs` runs it."""
 
 
 @pacs_app.command()
