@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 GIB = 1 << 30
+AGENT_TRAINS_ON_CARD = (
+    False  # client/models.py loads float32 on the CPU; drafting (client/serving) uses the card
+)
 VOLTA = (7, 0)
 _CONTEXT_BYTES = 3 * GIB // 4  # CUDA context, cuBLAS workspaces and fragmentation of the caching allocator
 _NF4_BYTES = 0.516  # per weight with double quantisation: 4 bits, 8 bits per 64, 32 bits per 256 of those

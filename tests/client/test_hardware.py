@@ -23,7 +23,7 @@ T4 = Card("Tesla T4", (7, 5), 15_828_320_256, "580.95.05")
 H200 = Card("NVIDIA H200", (9, 0), 150_754_820_096, "580.95.05")
 P100 = Card("Tesla P100-PCIE-16GB", (6, 0), 17_066_885_120, "580.95.05")
 
-# What torch.cuda.get_arch_list() of these wheels says.
+# As in ../shared/notes/v100.md: the cu126 build has Volta, CUDA 13 builds begin with Turing.
 CU126 = Wheel("2.13.0+cu126", "12.6", ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"))
 CU130 = Wheel("2.13.0+cu130", "13.0", ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"))
 CPU = Wheel("2.13.0+cpu", "", ())
@@ -157,3 +157,15 @@ def test_the_tiny_base_is_measured_from_its_files() -> None:
 def test_the_largest_card_is_planned_for() -> None:
     assert largest_card([V100_16, V100_32]) is V100_32
     assert largest_card([]) is None
+
+
+@pytest.mark.parametrize("card", [V100_16, V100_32, T4, H200])
+def test_drafting_takes_the_precision_that_the_doctor_names(card: Card) -> None:
+    from client.serving.plan import Device, plan_engine
+
+    device = Device("cuda", card.memory_bytes, card.capability, card.name)
+    engine = plan_engine(
+        device, weights=SEVEN_B.weights, kv_bytes_per_token=2 * SEVEN_B.layers * SEVEN_B.key_values
+    )
+    plan = choose_plan(SEVEN_B, card)
+    assert (engine.quantization == "nf4") is (plan.precision is Precision.NF4)
