@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from client.budget import Budget, BudgetLimits
+from client.home import SiteHome, create_home, receive_study
+from client.metrics import LOG_NAME, refusals_by_reason, registry_of
+from common.config import Study
+from common.errors import BudgetExceeded, RoundAlreadyServed
+from common.identity import load_key
+from common.logs import start_json_log
+from common.privacy.study_plan import plan_of
+from tests.server.study_folder import write_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def offered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Study]:
+    directory = tmp_path_factory.mktemp("server")
+    return directory, write_folder(directory)
+
+
+@pytest.fixture()
+def home(tmp_path: Path, offered: tuple[Path, Study]) -> SiteHome:
+    """A site that received a study, committed its budget and was charged for three rounds."""
+    server, study = offered
+    operator = load_key(server / "keys" / "message.key").public
+    home = create_home(
+        tmp_path / "home", site="north", operator_key=operator, data=tmp_path / "data", bases={}, epsilon=20.0
+    )
+    signature = bytes.fromhex((server / "operator.sig").read_text())
+    receive_study(home, (server / "study.json").read_bytes(), signature)
+    plan = plan_of(study)
+    with Budget.open(home.budget_path, BudgetLimits(epsilon=20.0, delta=home.delta)) as budget:
+        budget.commit(study.sha256, plan)
+        for round in range(3):
+            budget.charge(
+                study.sha256, round=round, attempt=1, request_sha256=f"{round:064x}", data_sha256="0" * 64,
+                seed=os.urandom(32), sampling_rate=plan.sampling_rate, noise_multiplier=plan.site_noise,
+                local_steps=plan.local_steps,
+            )  # fmt: skip
+    return home
+
+
+def samples(home: SiteHome) -> dict[tuple[str, tuple[str, ...]], float]:
+    text = generate_latest(registry_of(home.directory)).decode()
+    return {
+        (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_a_scrape_says_what_the_ledger_says(home: SiteHome, offered: tuple[Path, Study]) -> None:
+    found, study = samples(home), offered[1].sha256[:12]
+    assert found["fedrad_site_readable", ()] == 1
+    assert found["fedrad_site_charges_total", (study,)] == 3
+    spent = found["fedrad_site_study_epsilon_spent", (study,)]
+    assert 0 < spent < found["fedrad_site_study_epsilon_committed", (study,)]
+    assert found["fedrad_site_epsilon_allowed", ()] == 20.0
+    assert found["fedrad_site_study_approved", (study,)] == 0
+
+
+def test_refusals_are_counted_by_the_errors_name(home: SiteHome) -> None:
+    handler = start_json_log(home.directory / LOG_NAME, logger="fedrad.test.metrics")
+    log = logging.getLogger("fedrad.test.metrics")
+    for error in (BudgetExceeded("Erika"), BudgetExceeded("Erika"), RoundAlreadyServed("x")):
+        log.warning(
+            "refused %s of round %d attempt %d of study %s: %s: %s", "contribute", 3, 1, "0a" * 6, error.code,
+            error,
+        )  # fmt: skip
+    log.info("served %s", "contribute")
+    handler.close()
+    log.removeHandler(handler)
+    with (home.directory / LOG_NAME).open("a") as file:
+        file.write('{"event": "refused %s", "val')
+    assert refusals_by_reason(home.directory / LOG_NAME) == {"BudgetExceeded": 2, "RoundAlreadyServed": 1}
+    assert samples(home)["fedrad_site_refusals_total", ("BudgetExceeded",)] == 2
+
+
+def test_labels_stay_few_and_nothing_counts_patients(home: SiteHome) -> None:
+    text = generate_latest(registry_of(home.directory)).decode()
+    assert set(re.findall(r'[{,](\w+)="', text)) <= {"study", "reason"}
+    assert "patient" not in text.lower()
+
+
+def test_a_damaged_ledger_makes_the_site_unreadable_and_no_wrong_figure(home: SiteHome) -> None:
+    data = home.budget_path.read_bytes()
+    home.budget_path.write_bytes(data[:200] + b"X" + data[201:])
+    found = samples(home)
+    assert found == {("fedrad_site_readable", ()): 0}
+
+
+def test_reading_locks_nothing(home: SiteHome) -> None:
+    limits = BudgetLimits(epsilon=20.0, delta=home.delta)
+    with Budget.open(home.budget_path, limits):
+        assert samples(home)["fedrad_site_readable", ()] == 1
+
+
+def test_the_command_serves_them_until_told_to_stop(home: SiteHome) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "client.cli", "metrics", "--home", str(home.directory), "--listen",
+         "127.0.0.1:0"],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stderr is not None
+    try:
+        address = process.stderr.readline().strip()
+        with urllib.request.urlopen(address, timeout=30) as answer:  # noqa: S310  our own address
+            assert b"fedrad_site_epsilon_spent" in answer.read()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 0
+        process.stderr.close()
