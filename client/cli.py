@@ -177,13 +177,16 @@ def run_agent(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     from client.agent import SiteAgent
     from client.home import open_home
+    from client.metrics import LOG_NAME
     from client.models import verify_unwritable
     from client.service import ProgressBoard, start_service
     from client.socket_guard import group_id
     from common.errors import BaseWritable
+    from common.logs import start_json_log
 
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
     opened = open_home(home, credentials=Path(credentials) if credentials else None)
+    start_json_log(home / LOG_NAME)
     group = group_id(socket_group) if socket_group else None
     try:
         verify_unwritable(opened.bases.values(), relay_group=group)
