@@ -160,9 +160,10 @@ def _object(answer: str, keys: set[str]) -> dict[str, Any]:
 
 
 def _urgency(finding: object, keys: set[str]) -> float:
-    if not isinstance(finding, dict) or finding.keys() != keys or finding["urgency"] not in URGENCY:
+    urgency = finding["urgency"] if isinstance(finding, dict) and finding.keys() == keys else None
+    if not isinstance(urgency, str) or urgency not in URGENCY:
         raise JudgeAnswerInvalid(f"expected findings with an urgency of {', '.join(URGENCY)}")
-    return URGENCY[finding["urgency"]]
+    return URGENCY[urgency]
 
 
 def _plain(text: str) -> str:
