@@ -195,6 +195,7 @@ class Gateway:
             self._port = int(server.sockets[0].getsockname()[1])
         except BaseException as failure:
             self._failure = failure
+            self._loop.close()
             self._ready.set()
             return
         self._ready.set()

@@ -1,0 +1,139 @@
+"""`fedrad-server up` and `fedrad-site up` as real processes, through a real nginx."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from client.enrolment import read_enrolled
+from deploy.site.status import read_status, words
+from server.checkpoint import read_records
+from tests.deploy.lab import RealConsortium, running
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx"),
+]
+
+
+@pytest.fixture()
+def consortium(tmp_path: Path) -> Iterator[RealConsortium]:
+    with running(tmp_path, enrolled=("north", "south", "west")) as made:
+        yield made
+
+
+def test_a_study_runs_when_all_approve_and_reaches_only_its_sites(consortium: RealConsortium) -> None:
+    consortium.start_server()
+    for site in ("north", "south", "west"):
+        consortium.start_site(site)
+    consortium.wait(lambda: consortium.online("north", "south", "west"), "three sites online")
+    consortium.submit("chest", ("north", "south"), rounds=3)
+    consortium.approve("north")
+    consortium.wait(
+        lambda: list(consortium.status()["studies"].get("chest", {}).get("missing", {})) == ["south"],
+        "north's approval at the server",
+    )
+    assert consortium.study_state("chest") == "waiting"
+    consortium.approve("south")
+    consortium.wait(lambda: consortium.study_state("chest") == "finished", "the study's end")
+    assert consortium.rounds("chest") == 3
+    assert len(read_records(consortium.directory / "srv" / "studies" / "chest")) == 3
+    quiet = (consortium.directory / "west" / "logs" / "supernode.log").read_text()
+    assert "Receiving" not in quiet and "SuperNode ID" in quiet
+    told = words(read_status(consortium.home("north"), now=time.time()), now=time.time())
+    assert "connected to localhost" in told and "3 of 3 rounds are done" in told
+    for name in list(consortium.processes):
+        consortium.stop(name)
+    assert not consortium.left_over()
+    gone = words(read_status(consortium.home("north"), now=time.time()), now=time.time())
+    assert "not running" in gone
+
+
+def test_a_revoked_site_is_out_at_the_next_round_and_the_others_go_on(consortium: RealConsortium) -> None:
+    consortium.start_server()
+    for site in ("north", "south", "west"):
+        consortium.start_site(site)
+    consortium.submit("chest", ("north", "south", "west"), rounds=8)
+    for site in ("north", "south", "west"):
+        consortium.approve(site)
+    consortium.wait(lambda: consortium.rounds("chest") >= 2, "two rounds")
+    consortium.revoke("west")
+    at = consortium.rounds("chest")
+    consortium.wait(lambda: consortium.study_state("chest") == "finished", "the study's end")
+    cohorts = [event["cohort"] for event in consortium.events("chest") if event["event"] == "round"]
+    assert len(cohorts) == 8 and cohorts[0] == ["north", "south", "west"]
+    # a round that was under way and the registry's ten seconds; after that the site is out for good
+    assert all(cohort == ["north", "south"] for cohort in cohorts[at + 3 :]), (at, cohorts)
+    consortium.wait(
+        lambda: "SiteRevoked" in read_status(consortium.home("west"), now=time.time())["error"],
+        "the site to know",
+    )
+
+
+def test_kill_9_of_the_server_costs_no_round_and_leaves_no_process(consortium: RealConsortium) -> None:
+    consortium.start_server()
+    for site in ("north", "south"):
+        consortium.start_site(site)
+    consortium.submit("chest", ("north", "south"), rounds=5)
+    for site in ("north", "south"):
+        consortium.approve(site)
+    consortium.wait(lambda: consortium.rounds("chest") >= 2, "two rounds")
+    consortium.kill("srv")
+    token = (consortium.directory / "srv" / "state" / "supervisor.token").read_text()
+    from deploy.local.guardian import marked_processes
+
+    end = time.monotonic() + 15
+    while marked_processes(token) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not marked_processes(token)
+    consortium.start_server()
+    consortium.wait(lambda: consortium.study_state("chest") == "finished", "the study's end")
+    numbers = [event["round"] for event in consortium.events("chest") if event["event"] == "round"]
+    assert numbers == [0, 1, 2, 3, 4]
+
+
+def test_dead_programs_are_started_again_on_both_sides(consortium: RealConsortium) -> None:
+    consortium.start_server()
+    for site in ("north", "south"):
+        consortium.start_site(site)
+    consortium.wait(lambda: consortium.online("north", "south"), "two sites online")
+
+    def pids(directory: str) -> dict[str, int]:
+        lines = (consortium.directory / directory / "logs" / "up.jsonl").read_text().splitlines()
+        started = [json.loads(line) for line in lines if "started" in line]
+        return {line["reason"]: line["values"][-1] for line in started}
+
+    for directory, names in (
+        ("srv", ("superlink", "superexec", "proxy")),
+        ("north", ("agent", "link", "supernode", "superexec")),
+    ):
+        for name in names:
+            os.kill(pids(directory)[name], signal.SIGKILL)
+    consortium.submit("chest", ("north", "south"), rounds=2)
+    for site in ("north", "south"):
+        consortium.approve(site)
+    consortium.wait(lambda: consortium.study_state("chest") == "finished", "the study's end", timeout_s=400)
+
+
+def test_a_certificate_is_renewed_before_its_end_and_everything_goes_on(consortium: RealConsortium) -> None:
+    policy = consortium.directory / "srv" / "policy.toml"
+    policy.write_text(policy.read_text().replace("certificate_days = 7.0", "certificate_days = 0.0007"))
+    consortium.enrol("north")  # the same keys: a certificate of a minute
+    first = read_enrolled(consortium.home("north"))
+    consortium.start_server()
+    consortium.start_site("north")
+    consortium.wait(lambda: consortium.online("north"), "the site online")
+    consortium.wait(
+        lambda: read_enrolled(consortium.home("north")).not_after > first.not_after, "a renewed certificate"
+    )
+    consortium.wait(lambda: time.time() > first.not_after.timestamp() + 35, "the first certificate's end")
+    status = read_status(consortium.home("north"), now=time.time())
+    assert status["connected"] and status["relaying"], status
+    assert consortium.online("north")
