@@ -2,16 +2,21 @@
 
 Guarantees: an answer counts only when the site's pinned key signed it for this very request; whatever a node
 says of itself is a hint. A site that does not answer, fails or refuses is named with the reason, never
-dropped in silence. It does not decide what an exchange means for the round.
+dropped in silence. One reply at a time is taken into memory, and one that only trickles in keeps neither the
+others nor the deadline waiting. A reply that Flower lost is asked for again: the agent answers with the same
+bytes, of which only those parts travel again that the SuperLink does not hold. It does not decide what an
+exchange means for the round.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from common.canonical import sha256_hex
@@ -21,9 +26,18 @@ from common.model.lora import vector_size
 from common.protocol import SERVER, Expected, Kind, open_message, unpack_body
 from common.protocol import Message as SignedMessage
 from common.relay import RECORD, join_envelope, split_envelope
+from server.pulls import PATIENCE_S, Pulls
 
 _FIRST_POLL_S = 0.002
 _LAST_POLL_S = 0.25
+_POLL_S_PER_MESSAGE = 0.05
+_ASKED_AGAIN = 2
+_LOST = {
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+}
 
 
 class Traffic:
@@ -61,6 +75,7 @@ class Cohort:
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
         watch: Callable[[], None] = lambda: None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self._grid = grid
         self._study = study
@@ -69,6 +84,7 @@ class Cohort:
         self._clock = clock
         self._sleep = sleep
         self._watch = watch
+        self._pulls = Pulls(grid, patience_s=patience_s)
         self._nodes: dict[str, int] = {}
         self._impostors: set[tuple[str, int]] = set()
         self.traffic = Traffic()
@@ -88,19 +104,17 @@ class Cohort:
         A FedRadError of `accept` makes that site a missing one. Replies are not kept.
         """
         missing = {site: "not connected" for site in requests if site not in self._nodes}
-        stage_of = {site: _stage(data) for site, data in requests.items()}
         digests = {site: sha256_hex(data) for site, data in requests.items()}
-        sent = self._push(
-            {site: (stage_of[site], data) for site, data in requests.items() if site in self._nodes}
-        )
-        for site in sent.values():
-            self.traffic.count(stage_of[site], "down", len(requests[site]))
+        asked = _Asked(requests, until_unix_s, late_unix_s=(self._clock() + until_unix_s) / 2)
+        self._ask(asked, [site for site in sorted(requests) if site in self._nodes])
         answered = []
-        for message_id, reply in self._poll(sent, until_unix_s=until_unix_s):
-            site = sent[message_id]
+        for site, reply in self._replies(asked):
             try:
+                if reply.has_error() and self._ask_again(asked, site, reply.error.code):
+                    continue
                 data = _envelope(reply)
-                self.traffic.count(stage_of[site], "up", len(data))
+                del reply
+                self.traffic.count(_stage(requests[site]), "up", len(data))
                 accept(site, self._verify(site, digests[site], data))
                 answered.append(site)
             except FedRadError as error:
@@ -109,9 +123,9 @@ class Cohort:
                     self._nodes.pop(site, None)
                 elif isinstance(error, SignatureInvalid | EnvelopeMalformed | UnknownSender | RelayInvalid):
                     self._impostors.add((site, self._nodes.pop(site)))  # another node may be the real one
-        for site in sent.values():
-            if site not in answered and site not in missing:
-                missing[site] = "no answer before the deadline"
+            asked.settle(site)
+        for site in asked.unanswered:
+            missing[site] = "no answer before the deadline"
         return Outcome(tuple(sorted(answered)), missing)
 
     def _verify(self, site: str, request_sha256: str, data: bytes) -> SignedMessage:
@@ -136,29 +150,117 @@ class Cohort:
             return
         messages = [_message(node, "whoami", b"") for node in unknown]
         ids = dict(zip(self._grid.push_messages(messages), unknown, strict=True))
-        replies = self._poll(ids, until_unix_s=self._clock() + 30.0)
-        for message_id, reply in replies:
-            site = _claimed_site(reply)
-            if site in self._keys and (site, ids[message_id]) not in self._impostors:
-                self._nodes.setdefault(site, ids[message_id])
+        for message_id, reply in self._arriving(lambda: ids, until_unix_s=self._clock() + 30.0):
+            site, node = _claimed_site(reply), ids.pop(message_id)
+            if site in self._keys and (site, node) not in self._impostors:
+                self._nodes.setdefault(site, node)
 
-    def _push(self, envelopes: Mapping[str, tuple[str, bytes]]) -> dict[str, str]:
-        sites = sorted(envelopes)
-        messages = [_message(self._nodes[site], *envelopes[site]) for site in sites]
-        return dict(zip(self._grid.push_messages(messages), sites, strict=True)) if messages else {}
+    # --- asking, and asking again -------------------------------------------------------------------------
 
-    def _poll(self, ids: Mapping[str, object], *, until_unix_s: float) -> Iterable[tuple[str, Message]]:
-        waiting, pause = set(ids), _FIRST_POLL_S
-        while waiting:
-            arrived = list(self._grid.pull_messages(waiting))
-            for reply in arrived:
-                waiting.discard(reply.metadata.reply_to_message_id)
-                yield reply.metadata.reply_to_message_id, reply
-            if not waiting or self._clock() >= until_unix_s:
+    def _ask(self, asked: _Asked, sites: list[str]) -> None:
+        """Push the sites' requests."""
+        messages = []
+        for site in sites:
+            request = asked.requests[site]
+            stage = _stage(request)
+            messages.append(_message(self._nodes[site], stage, request))
+            self.traffic.count(stage, "down", len(request))
+        ids = self._grid.push_messages(messages) if messages else []
+        asked.waiting |= dict(zip(ids, sites, strict=True))
+
+    def _ask_again(self, asked: _Asked, site: str, code: int | None = None) -> bool:
+        """Push a request again whose reply was lost; false where nobody is there, or it was done enough."""
+        if code is not None and code not in _LOST:
+            return False
+        if asked.again[site] >= _ASKED_AGAIN or self._clock() >= asked.until_unix_s:
+            return False
+        self._find_nodes()
+        if site not in self._nodes:
+            return False
+        asked.again[site] += 1
+        self._ask(asked, [site])
+        return True
+
+    def _replies(self, asked: _Asked) -> Iterator[tuple[str, Message]]:
+        """Yield the sites' replies as they come."""
+        for message_id, reply in self._arriving(
+            lambda: {**asked.waiting, **asked.questions},
+            until_unix_s=asked.until_unix_s,
+            after_each_look=lambda: self._look_after(asked),
+        ):
+            if message_id in asked.waiting:
+                yield asked.waiting.pop(message_id), reply
+            elif message_id in asked.questions and not reply.has_error():
+                asked.heard.add(asked.questions[message_id])
+            asked.questions.pop(message_id, None)
+
+    def _look_after(self, asked: _Asked) -> None:
+        """Question the nodes of late replies, and ask those again who answer that and nothing else.
+
+        A SuperNode takes one message after another: once it has answered a question that came after the
+        request, the reply to the request has been sent, or never will be.
+        """
+        for site in sorted(asked.lost & set(asked.unanswered)):
+            self._ask_again(asked, site)
+        asked.lost, asked.heard = asked.heard, set()
+        slow, late = self._pulls.slow, self._clock() >= asked.late_unix_s
+        for message_id, site in sorted(asked.waiting.items()):
+            due = (late or message_id in slow) and message_id not in asked.questioned
+            if due and site in self._nodes:
+                asked.questioned.add(message_id)
+                [question] = self._grid.push_messages([_message(self._nodes[site], "whoami", b"")])
+                asked.questions[question] = site
+
+    def _arriving(
+        self,
+        message_ids: Callable[[], Collection[str]],
+        *,
+        until_unix_s: float,
+        after_each_look: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[str, Message]]:
+        """Yield replies to the messages as they come, until none is waited for or the time is over."""
+        pause = _FIRST_POLL_S
+        while waiting := message_ids():
+            arrived = False
+            for found in self._pulls.arrived(tuple(waiting)):
+                arrived = True
+                yield found
+            if not message_ids() or self._clock() >= until_unix_s:
                 return
-            pause = _FIRST_POLL_S if arrived else min(_LAST_POLL_S, 1.5 * pause)
+            after_each_look()
+            longest = max(_LAST_POLL_S, _POLL_S_PER_MESSAGE * len(message_ids()))
+            pause = _FIRST_POLL_S if arrived else min(longest, 1.5 * pause)
             self._watch()
             self._sleep(pause)
+
+
+@dataclass
+class _Asked:
+    """An exchange under way: message ids to sites, and who was asked again.
+
+    `questioned` holds requests whose node was asked for a sign of life, `heard` sites that gave one since the
+    last look, `lost` those that gave one before it.
+    """
+
+    requests: Mapping[str, bytes]
+    until_unix_s: float
+    late_unix_s: float
+    waiting: dict[str, str] = field(default_factory=dict)
+    questions: dict[str, str] = field(default_factory=dict)
+    questioned: set[str] = field(default_factory=set)
+    heard: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
+    again: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def unanswered(self) -> list[str]:
+        return sorted(set(self.waiting.values()))
+
+    def settle(self, site: str) -> None:
+        """Wait for this site no longer."""
+        for ids in (self.waiting, self.questions):
+            for message_id in [name for name, whose in ids.items() if whose == site]:
+                del ids[message_id]
 
 
 class NodeFailed(FedRadError):

@@ -241,7 +241,8 @@ class _Start:
         """Start a site's SuperNode, whose key must be registered."""
         self._start(
             f"supernode-{site}",
-            flower_program("flower-supernode"),
+            sys.executable,
+            *("-m", "client.supernode"),
             *("--superlink", self.address, "--root-certificates", str(self.tls.authority)),
             *("--auth-supernode-private-key", str(key)),
             *("--host", _HOST, "--port", runtime.rpartition(":")[2]),

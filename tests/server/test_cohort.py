@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ def world(tmp_path: Path) -> Iterator[Consortium]:
 
 def cohort(world: Consortium, grid: SimulatedGrid | None = None) -> Cohort:
     return Cohort(
-        grid or SimulatedGrid(world), world.study, clock=world.clock, sleep=lambda seconds: None  # type: ignore[arg-type]
+        grid or SimulatedGrid(world), world.study, clock=world.clock, sleep=lambda seconds: None,  # type: ignore[arg-type]
+        patience_s=0.05,
     )  # fmt: skip
 
 
@@ -176,3 +179,101 @@ def test_a_node_that_claims_anothers_name_does_not_take_its_place(world: Consort
     content = RecordDict({"fedrad": ConfigRecord({"site": claims})})
     outcome = greet(world, cohort(world, OddGrid(world, "whoami", content)))
     assert "alpha" in outcome.answered and outcome.missing == {"beta": "not connected"}
+
+
+# --- replies that Flower loses or delays --------------------------------------------------------------------
+
+
+class LossyGrid(SimulatedGrid):
+    """Flower after a cut upload: beta's first replies to a request are lost, with an error or in silence."""
+
+    def __init__(self, world: Consortium, *, losses: int, code: int | None) -> None:
+        super().__init__(world)
+        self.losses, self.code = losses, code
+        self.times = 0
+
+    def _serve(self, message_id: str, message: Message) -> dict[str, Message]:
+        record: Any = message.content["fedrad"]
+        replies = super()._serve(message_id, message)
+        if message.metadata.dst_node_id == 102 and record["stage"] != "whoami":
+            self.times += 1
+            if self.times <= self.losses:
+                lost = Message(Error(self.code or 0, "lost"), reply_to=message)
+                return {} if self.code is None else {message_id: lost}
+        return replies
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        ready = [self._replies.pop(name) for name in sorted(message_ids) if name in self._replies]
+        self._world.clock.now += 0 if ready else 50
+        return ready
+
+
+@pytest.mark.parametrize("code", [3, 4, 5, 8])
+def test_a_reply_that_flower_lost_is_asked_for_again(world: Consortium, code: int) -> None:
+    grid = LossyGrid(world, losses=2, code=code)
+    assert greet(world, cohort(world, grid)) == Outcome(tuple(sorted(SITES)), {})
+    assert grid.times == 3
+
+
+def test_a_reply_lost_three_times_makes_a_missing_site(world: Consortium) -> None:
+    grid = LossyGrid(world, losses=9, code=3)
+    assert greet(world, cohort(world, grid)).missing["beta"].startswith("NodeFailed: Flower error 3")
+    assert grid.times == 3
+
+
+def test_an_error_of_the_client_app_is_not_asked_away(world: Consortium) -> None:
+    grid = LossyGrid(world, losses=9, code=2)
+    assert set(greet(world, cohort(world, grid)).missing) == {"beta"}
+    assert grid.times == 1
+
+
+def test_a_node_that_lives_but_has_lost_its_reply_in_silence_is_asked_again(world: Consortium) -> None:
+    grid = LossyGrid(world, losses=1, code=None)
+    start = world.clock()
+    assert greet(world, cohort(world, grid)) == Outcome(tuple(sorted(SITES)), {})
+    assert grid.times == 2
+    assert 300 <= world.clock() - start < 600  # half of the time, then one question
+
+
+class TricklingGrid(SimulatedGrid):
+    """Flower while beta's reply has begun to arrive: it waits in the pull of it until `release`."""
+
+    def __init__(self, world: Consortium) -> None:
+        super().__init__(world)
+        self.release = threading.Event()
+        self.pulled: list[int] = []
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        ready = super().pull_messages(message_ids)
+        self.pulled.append(len(ready))
+        if any(
+            reply.metadata.src_node_id == 102 and "envelope" in reply.content["fedrad"] for reply in ready
+        ):
+            self.release.wait(20)
+        return ready
+
+
+def test_a_reply_that_trickles_in_keeps_neither_the_others_nor_the_deadline_waiting(
+    world: Consortium,
+) -> None:
+    grid = TricklingGrid(world)
+
+    def sleep(seconds: float) -> None:
+        world.clock.now += 50
+
+    among = Cohort(grid, world.study, clock=world.clock, sleep=sleep, patience_s=0.05)  # type: ignore[arg-type]
+    outcome = greet(world, among)
+    grid.release.set()
+    assert outcome.missing == {"beta": "no answer before the deadline"} and len(outcome.answered) == 3
+
+
+def test_a_slow_reply_that_gets_through_in_time_counts(world: Consortium) -> None:
+    grid = TricklingGrid(world)
+    timer = threading.Timer(0.3, grid.release.set)
+    timer.start()
+    among = Cohort(
+        grid, world.study, clock=world.clock, sleep=lambda seconds: time.sleep(0.05), patience_s=0.05  # type: ignore[arg-type]
+    )  # fmt: skip
+    world.clock.now = 0.0
+    assert greet(world, among).missing == {}
+    assert max(grid.pulled) == 1
