@@ -1,0 +1,211 @@
+"""What a site may ask over the endpoint, and what it is refused."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import format_study, parse_study
+from common.enrolment import (
+    Ask,
+    SiteRequest,
+    fingerprint_of,
+    format_site_request,
+    make_csr,
+    parse_bundle,
+    sign_site_request,
+    verify_bundle,
+)
+from common.errors import (
+    ClockSkewed,
+    EnrolmentInvalid,
+    ManifestInvalid,
+    SignatureInvalid,
+    SiteNotEnrolled,
+    SiteRevoked,
+    StudyNotReady,
+    StudyUnknown,
+)
+from common.identity import Purpose
+from common.ledger.entries import RevocationReason
+from common.model.tiny import tiny_base_directory
+from deploy.server.endpoint import PATH, SiteEndpoint, answer_request
+from server.consortium import ServerHome, create_server_home
+from server.enrolment import approve, revoke
+from server.studies import study_template
+from server.submission import (
+    Submitted,
+    broken_studies,
+    find_submitted,
+    submit_study,
+    submitted_studies,
+    verify_ready,
+    withdraw_approval,
+)
+from tests.common.test_enrolment import Keys
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+
+
+class Scene:
+    """A consortium with three sites, two of which share a study."""
+
+    def __init__(self, directory: Path) -> None:
+        self.home: ServerHome = create_server_home(
+            directory / "srv", consortium="lab", address="localhost:8443", now=NOW
+        )
+        self.authority = self.home.authority()
+        self.keys = {site: Keys() for site in ("north", "south", "west")}
+        for site, keys in self.keys.items():
+            request = keys.request(site)
+            approve(self.home, self.authority, request, fingerprint=fingerprint_of(request.keys), now=NOW)
+        self.submitted = self.submit("chest", ("north", "south"))
+
+    def submit(self, name: str, sites: tuple[str, ...]) -> Submitted:
+        text = study_template(id=name, base="tiny", sites=sites, mode="plain", rounds=2, patients=40)
+        return submit_study(self.home, text, source="test", base=tiny_base_directory())
+
+    def ask(
+        self, site: str, ask: Ask, argument: str = "", *, at: datetime = NOW, signer: str = ""
+    ) -> dict[str, Any]:
+        request = SiteRequest(
+            site=site, ask=ask, argument=argument, time_s=int(at.timestamp()), nonce="ab" * 16
+        )
+        signed = sign_site_request(request, self.keys[signer or site].message)
+        return answer_request(self.home, self.authority, format_site_request(signed), now=NOW)
+
+    def approval(self, site: str) -> str:
+        manifest = format_study(self.submitted.study)
+        return self.keys[site].message.sign(Purpose.APPROVAL, manifest).hex()
+
+    def missing(self) -> dict[str, str]:
+        return find_submitted(self.home, "chest").missing
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene(tmp_path_factory.mktemp("scene"))
+
+
+@pytest.fixture()
+def scene(made: Scene) -> Scene:
+    for site in ("north", "south"):
+        withdraw_approval(made.home, "chest", site)
+    return made
+
+
+def test_a_site_renews_its_certificate(scene: Scene) -> None:
+    answer = scene.ask("north", Ask.RENEW, make_csr("north", scene.keys["north"].tls))
+    signed = parse_bundle(answer["bundle"].encode())
+    verify_bundle(signed, operator_key=scene.home.message_key().public)
+    assert signed.bundle.site == "north"
+
+
+def test_a_site_gets_the_studies_that_name_it_and_no_other(scene: Scene) -> None:
+    [offer] = scene.ask("north", Ask.STUDIES)["studies"]
+    assert parse_study(offer["manifest"].encode()) == scene.submitted.study
+    assert scene.ask("west", Ask.STUDIES)["studies"] == []
+
+
+def test_a_study_is_ready_when_every_site_has_approved(scene: Scene) -> None:
+    assert scene.missing() == {"north": "has not approved", "south": "has not approved"}
+    answer = scene.ask("north", Ask.APPROVAL, f"{scene.submitted.study.sha256} {scene.approval('north')}")
+    assert answer == {"approved": True, "missing": {"south": "has not approved"}}
+    with pytest.raises(StudyNotReady, match="south has not approved"):
+        verify_ready(find_submitted(scene.home, "chest"))
+    scene.ask("south", Ask.APPROVAL, f"{scene.submitted.study.sha256} {scene.approval('south')}")
+    verify_ready(find_submitted(scene.home, "chest"))
+    scene.ask("south", Ask.APPROVAL, f"{scene.submitted.study.sha256} -")
+    assert scene.missing() == {"south": "has not approved"}
+
+
+def test_an_approval_counts_only_with_the_sites_own_signature(scene: Scene) -> None:
+    study = scene.submitted.study.sha256
+    with pytest.raises(SignatureInvalid):
+        scene.ask("north", Ask.APPROVAL, f"{study} {scene.approval('south')}")
+    with pytest.raises(ManifestInvalid, match="one of its sites"):
+        scene.ask("west", Ask.APPROVAL, f"{study} {scene.approval('west')}")
+    with pytest.raises(StudyUnknown):
+        scene.ask("north", Ask.APPROVAL, f"{'0' * 64} {scene.approval('north')}")
+    for argument in ("", study, f"{study} xyz", f"{study} - -"):
+        with pytest.raises((EnrolmentInvalid, SignatureInvalid)):
+            scene.ask("north", Ask.APPROVAL, argument)
+    assert scene.missing() == {"north": "has not approved", "south": "has not approved"}
+
+
+def test_a_request_signed_by_another_site_is_refused(scene: Scene) -> None:
+    with pytest.raises(SignatureInvalid):
+        scene.ask("south", Ask.STUDIES, signer="north")
+
+
+def test_a_clock_off_by_minutes_is_served_and_by_hours_is_named(scene: Scene) -> None:
+    for minutes in (-55, -5, 5, 55):
+        scene.ask("north", Ask.STUDIES, at=NOW + timedelta(minutes=minutes))
+    with pytest.raises(ClockSkewed, match="ahead"):
+        scene.ask("north", Ask.STUDIES, at=NOW + timedelta(hours=2))
+    with pytest.raises(ClockSkewed, match="behind"):
+        scene.ask("north", Ask.STUDIES, at=NOW - timedelta(hours=2))
+
+
+def test_a_study_over_a_site_that_is_not_enrolled_is_refused(scene: Scene) -> None:
+    with pytest.raises(SiteNotEnrolled, match="nowhere"):
+        scene.submit("other", ("north", "nowhere"))
+
+
+def test_a_study_of_another_operator_never_counts_as_submitted(scene: Scene, tmp_path: Path) -> None:
+    foreign = Scene(tmp_path)
+    source = foreign.submitted.directory
+    target = scene.home.studies / "foreign"
+    target.mkdir()
+    for name in ("study.json", "operator.sig"):
+        (target / name).write_bytes((source / name).read_bytes())
+    assert [one.study.study.id for one in submitted_studies(scene.home)] == ["chest"]
+    assert "this operator" in broken_studies(scene.home)["foreign"]
+
+
+def test_over_http_a_refusal_has_a_name_and_the_servers_time(scene: Scene) -> None:
+    endpoint = SiteEndpoint(scene.home, scene.authority, port=0, clock=lambda: NOW)
+    endpoint.start()
+    try:
+
+        def post(path: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
+            connection = http.client.HTTPConnection("127.0.0.1", endpoint.port, timeout=10)
+            connection.request("POST", path, body, headers)
+            answer = connection.getresponse()
+            value = json.loads(answer.read())
+            connection.close()
+            return answer.status, value
+
+        request = SiteRequest(
+            site="north", ask=Ask.STUDIES, argument="", time_s=int(NOW.timestamp()), nonce="ab" * 16
+        )
+        signed = format_site_request(sign_site_request(request, scene.keys["north"].message))
+        status, value = post(PATH, signed)
+        assert status == 200 and len(value["studies"]) == 1 and value["time_s"] == NOW.timestamp()
+        status, value = post(PATH, signed.replace(b"north", b"south"))
+        assert (status, value["error"]) == (403, "SignatureInvalid")
+        assert post(PATH, b"nonsense")[1]["error"] == "EnrolmentInvalid"
+        assert post("/else", signed)[0] == 404
+        assert post(PATH, b"x" * 70_000)[0] == 413
+    finally:
+        endpoint.stop()
+
+
+def test_a_revoked_site_is_told_so_and_holds_up_its_studies(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    for site in ("north", "south"):
+        scene.ask(site, Ask.APPROVAL, f"{scene.submitted.study.sha256} {scene.approval(site)}")
+    verify_ready(find_submitted(scene.home, "chest"))
+    revoke(scene.home, scene.authority, "south", reason=RevocationReason.LEFT, now=NOW)
+    with pytest.raises(SiteRevoked, match="left"):
+        scene.ask("south", Ask.STUDIES)
+    assert scene.missing() == {"south": "revoked"}
+    scene.keys["south"] = Keys()
+    request = scene.keys["south"].request("south")
+    approve(scene.home, scene.authority, request, fingerprint=fingerprint_of(request.keys), now=NOW)
+    assert "new keys" in scene.missing()["south"]

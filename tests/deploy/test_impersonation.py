@@ -1,0 +1,318 @@
+"""What site A can do with its Flower key, its certificate and the authority's: nothing but act as site A.
+
+Each attempt is made by this test as a program of its own, through the real nginx and, where the door already
+says no, also past it, straight at the SuperLink's port on the server's loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shutil
+import ssl
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.serde import message_to_proto
+from flwr.proto.control_pb2 import ListNodesRequest, StartRunRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+)
+from flwr.proto.message_pb2 import PullObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from client.enrolment import authority_path, certificate_path, load_ec_key, node_key_path, tls_key_path
+from deploy.server.app import read_nodes
+from tests.deploy.lab import RealConsortium, running
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx"),
+]
+
+
+@dataclass
+class Scene:
+    """A running consortium in which the attacker is site `north`, or holds what it holds."""
+
+    consortium: RealConsortium
+
+    @property
+    def nodes(self) -> dict[str, int]:
+        return read_nodes(self.consortium.directory / "srv" / "state" / "nodes.json")
+
+    def node_key(self, site: str) -> ec.EllipticCurvePrivateKey:
+        return load_ec_key(node_key_path(self.consortium.home(site)))
+
+    def context(self, site: str | None) -> ssl.SSLContext:
+        """TLS as this site's: its certificate, its key, the consortium's authority."""
+        north = self.consortium.home("north")
+        context = ssl.create_default_context(cafile=str(authority_path(north)))
+        if site is not None:
+            home = self.consortium.home(site)
+            context.load_cert_chain(str(certificate_path(home)), str(tls_key_path(home)))
+        return context
+
+    @property
+    def superlink(self) -> str:
+        """Flower's port, which only the server's own loopback reaches."""
+        lines = (self.consortium.directory / "srv" / "proxy" / "nginx.conf").read_text()
+        return "127.0.0.1:" + lines.split("upstream superlink { server 127.0.0.1:")[1].split(";")[0]
+
+    @property
+    def inside(self) -> ssl.SSLContext:
+        return ssl.create_default_context(
+            cafile=str(self.consortium.directory / "srv" / "state" / "tls" / "ca.crt")
+        )
+
+    @contextlib.contextmanager
+    def fleet(
+        self, key: ec.EllipticCurvePrivateKey, *, certificate: str | None = "north", past_door: bool = False
+    ) -> Iterator[FleetHttpClient]:
+        address = self.superlink if past_door else f"localhost:{self.consortium.port}"
+        with FleetHttpClient(
+            f"https://{address}",
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                NodeAuthHttpInterceptor(key, key.public_key()),
+            ],
+            verify=self.inside if past_door else self.context(certificate),
+        ) as client:
+            yield client
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    directory = tmp_path_factory.mktemp("scene")
+    with running(directory, enrolled=("north", "south")) as consortium:
+        consortium.start_server()
+        consortium.start_site("south")
+        consortium.wait(lambda: consortium.online("south"), "south online")
+        yield Scene(consortium)
+
+
+def refused(error: pytest.ExceptionInfo[httpx.HTTPStatusError], *status: int) -> bool:
+    return error.value.response.status_code in status
+
+
+def test_north_itself_is_served(scene: Scene) -> None:
+    """The attempts below fail for who asks, not for how."""
+    with scene.fleet(scene.node_key("north")) as fleet:
+        key = public_key_to_bytes(scene.node_key("north").public_key())
+        answer = fleet.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=30))
+        assert answer.node_id == scene.nodes["north"]
+        assert not fleet.PullMessages(
+            PullMessagesRequest(node=Node(node_id=scene.nodes["north"]))
+        ).messages_list
+
+
+@pytest.mark.parametrize("past_door", [False, True])
+def test_north_cannot_pull_as_south(scene: Scene, past_door: bool) -> None:
+    with scene.fleet(scene.node_key("north"), past_door=past_door) as fleet:
+        with pytest.raises(httpx.HTTPStatusError) as error:
+            fleet.PullMessages(PullMessagesRequest(node=Node(node_id=scene.nodes["south"])))
+        assert refused(error, 401)
+
+
+@pytest.mark.parametrize("past_door", [False, True])
+def test_north_cannot_activate_south(scene: Scene, past_door: bool) -> None:
+    key = public_key_to_bytes(scene.node_key("south").public_key())
+    with scene.fleet(scene.node_key("north"), past_door=past_door) as fleet:
+        with pytest.raises(httpx.HTTPStatusError) as error:
+            fleet.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=30))
+        assert refused(error, 401)
+
+
+def test_norths_certificate_does_not_carry_souths_stolen_node_key(scene: Scene) -> None:
+    with scene.fleet(scene.node_key("south"), certificate="north") as fleet:
+        with pytest.raises(httpx.HTTPStatusError) as error:
+            fleet.PullMessages(PullMessagesRequest(node=Node(node_id=scene.nodes["south"])))
+        assert refused(error, 403)
+
+
+def test_a_node_key_alone_does_not_get_in(scene: Scene) -> None:
+    with scene.fleet(scene.node_key("north"), certificate=None) as fleet:
+        with pytest.raises(httpx.HTTPStatusError) as error:
+            fleet.PullMessages(PullMessagesRequest(node=Node(node_id=scene.nodes["north"])))
+        assert refused(error, 403)
+
+
+@pytest.mark.parametrize("past_door", [False, True])
+def test_north_cannot_bring_in_a_node_of_its_own(scene: Scene, past_door: bool) -> None:
+    fresh = ec.generate_private_key(ec.SECP384R1())
+    key = public_key_to_bytes(fresh.public_key())
+    with scene.fleet(fresh, past_door=past_door) as fleet:
+        for call in (
+            lambda: fleet.RegisterNode(RegisterNodeFleetRequest(public_key=key)),
+            lambda: fleet.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=30)),
+        ):
+            with pytest.raises(httpx.HTTPStatusError) as error:
+                call()
+            assert refused(error, 400, 401, 403, 404, 409, 500), error.value.response.text
+    assert set(scene.nodes) == {"north", "south"}
+
+
+@pytest.mark.parametrize("call", ["start-run", "list-nodes", "list-runs", "register-node", "unregister-node"])
+def test_north_cannot_call_the_control_api(scene: Scene, call: str) -> None:
+    with httpx.Client(verify=scene.context("north")) as client:
+        answer = client.post(f"https://localhost:{scene.consortium.port}/v1/control/{call}", content=b"")
+        assert answer.status_code == 404
+
+
+def test_north_cannot_start_a_run_or_list_nodes(scene: Scene) -> None:
+    """With Flower's own client, as `flwr run` and `flwr supernode list` would."""
+    with ControlHttpClient(
+        f"https://localhost:{scene.consortium.port}",
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        verify=scene.context("north"),
+    ) as control:
+        for request in (
+            lambda: control.StartRun(StartRunRequest()),
+            lambda: control.ListNodes(ListNodesRequest()),
+        ):
+            with pytest.raises(httpx.HTTPStatusError) as error:
+                request()
+            assert refused(error, 404)
+
+
+def test_an_old_signature_of_souths_opens_nothing_later(scene: Scene) -> None:
+    """Flower's node signature covers a timestamp only; caught today, it is worth nothing in ten minutes."""
+    key = scene.node_key("south")
+    for minutes in (-10, 10):
+        when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=minutes)
+        stamp = when.isoformat()
+        headers = {
+            "flwr-public-key": b64encode(public_key_to_bytes(key.public_key())).decode(),
+            "flwr-timestamp": stamp,
+            "flwr-signature": b64encode(sign_message(key, stamp.encode())).decode(),
+            "content-type": "application/protobuf",
+        }
+        body = PullMessagesRequest(node=Node(node_id=scene.nodes["south"])).SerializeToString()
+        with httpx.Client(verify=scene.context("south")) as client:
+            url = f"https://localhost:{scene.consortium.port}/v1/fleet/pull-messages"
+            assert client.post(url, content=body, headers=headers).status_code == 401
+
+
+@dataclass
+class Caught:
+    """A study whose request to south is on its way: south's SuperNode is stopped, its message waits."""
+
+    run_id: int
+    message_id: str
+    object_ids: list[str]
+
+
+@pytest.fixture(scope="module")
+def caught(scene: Scene) -> Iterator[Caught]:
+    """Let a study's `whoami` for south wait at the SuperLink, and read it there as south's node would."""
+    consortium = scene.consortium
+    consortium.submit("chest", ("north", "south"), rounds=2)
+    consortium.start_site("north")
+    for site in ("north", "south"):
+        consortium.approve(site)
+    consortium.wait(lambda: consortium.rounds("chest") >= 1, "one round")
+    consortium.stop("south")
+    with scene.fleet(scene.node_key("south"), certificate="south") as fleet:
+        node = Node(node_id=scene.nodes["south"])
+        key = public_key_to_bytes(scene.node_key("south").public_key())
+        answer: Any = None
+        end = time.monotonic() + 240
+        while not (answer and answer.messages_list) and time.monotonic() < end:
+            with contextlib.suppress(httpx.HTTPError):
+                fleet.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=60))
+                answer = fleet.PullMessages(PullMessagesRequest(node=node))
+            time.sleep(0.5)
+        assert answer.messages_list
+        proto = answer.messages_list[0]
+        objects = sorted(_object_ids(answer.message_object_trees[0]))
+    yield Caught(proto.metadata.run_id, proto.metadata.message_id, objects)
+
+
+def _object_ids(tree: Any) -> set[str]:
+    return {tree.object_id, *(one for child in tree.children for one in _object_ids(child))}
+
+
+def test_north_cannot_fetch_a_message_to_south(scene: Scene, caught: Caught) -> None:
+    """Not by naming itself south, and not by asking for the message's objects as itself."""
+    with scene.fleet(scene.node_key("north")) as fleet:
+        for object_id in caught.object_ids:
+            with pytest.raises(httpx.HTTPStatusError) as error:
+                fleet.PullObject(
+                    PullObjectRequest(
+                        node=Node(node_id=scene.nodes["south"]), run_id=caught.run_id, object_id=object_id
+                    )
+                )
+            assert refused(error, 401)
+
+
+def test_a_reply_pushed_by_north_as_south_is_not_taken(scene: Scene, caught: Caught) -> None:
+    """Even where Flower takes it: no reply counts without south's message key."""
+    TaskIdentity.run_id, TaskIdentity.node_id = caught.run_id, scene.nodes["south"]
+    reply = Message(
+        RecordDict({"fedrad": ConfigRecord({"stage": "hello", "envelope": b"forged"})}),
+        dst_node_id=1,
+        message_type="query.relay",
+    )
+    reply.metadata.__dict__.update(
+        _src_node_id=scene.nodes["south"],
+        _reply_to_message_id=caught.message_id,
+        _run_id=caught.run_id,
+    )
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    tree = get_object_tree(reply)
+    stripped = message_to_proto(reply)
+    with scene.fleet(scene.node_key("north")) as fleet:
+        for as_whom in ("south", "north"):
+            with contextlib.suppress(httpx.HTTPStatusError):
+                fleet.PushMessages(
+                    PushMessagesRequest(
+                        node=Node(node_id=scene.nodes[as_whom]),
+                        messages_list=[stripped],
+                        message_object_trees=[tree],
+                        clientapp_runtime_list=[0.1],
+                    )
+                )
+    scene.consortium.start_site("south")
+    scene.consortium.wait(
+        lambda: scene.consortium.study_state("chest") == "finished", "the study's honest end", timeout_s=400
+    )
+    for event in scene.consortium.events("chest"):
+        if event["event"] == "round":
+            assert event["cohort"] == ["north", "south"] and not event["missing"]
+
+
+def test_souths_files_are_nowhere_on_the_server(scene: Scene, caught: Caught) -> None:
+    """The server's directory holds no image, no report, no site key of anybody."""
+    from client.data.store import read_pairs
+
+    server = scene.consortium.directory / "srv"
+    data = scene.consortium.directory / "data" / "south"
+    pairs = read_pairs(data)
+    words = [pair.findings.encode() for pair in pairs if len(pair.findings) > 40][:10]
+    assert words
+    keys = [
+        path.read_bytes().split(b"\n")[1]
+        for path in (scene.consortium.directory / "south" / "keys").iterdir()
+    ]
+    for path in (p for p in Path(server).rglob("*") if p.is_file() and not p.is_symlink()):
+        content = path.read_bytes()
+        assert b"\x89PNG" not in content[:8], path
+        assert not any(secret in content for secret in (*words, *keys)), path
