@@ -26,6 +26,7 @@ from client.home import SiteHome, read_approval, read_approved_study, verify_dat
 from client.masking import MaskedRounds
 from client.models import ModelPool
 from client.state import Seen, SiteState
+from client.statements import statements
 from client.training import TrainingData, prepare_training
 from client.witness import SiteWitness
 from common.config import Mode, Study
@@ -230,16 +231,21 @@ class SiteAgent:
         """Say how far this site's history goes; before it trains, load model and data, commit the budget."""
         meta, _ = unpack_body(message.body, fields={"train": bool})
         seen = running.state.seen()
+        own: list[bytes] = []
         if meta["train"]:
             if running.study.privacy.mode is not Mode.PLAIN and seen.round + 1 < running.study.rounds:
                 verify_plan(running.study)
                 self._open_budget().commit(running.study.sha256, plan_of(running.study))
-            self._training_data(running)
+            data = self._training_data(running)
+            own = statements(
+                self.home, running.study, patients=len(data.patients), studies=len(data.examples),
+                data_sha256=running.data_sha256,
+            )  # fmt: skip
         about = {
             "version": VERSION, "seen_round": seen.round, "seen_record": seen.record_sha256,
             "seen_size": running.witness.seen_size,
         }  # fmt: skip
-        return pack_body(about, read_approval(self.home, running.study))
+        return pack_body(about, read_approval(self.home, running.study), b"\n".join(own))
 
     def _keys(self, message: Message, running: _Running) -> bytes:
         """Advertise ephemeral keys for a round (the long form, or joining the next round)."""

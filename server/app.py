@@ -78,6 +78,7 @@ class Run:
     judge: Judge | None = None
     histories: dict[str, int] = field(default_factory=dict)
     approvals: dict[str, bytes] = field(default_factory=dict)
+    statements: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
 
     @property
     def study(self) -> Study:
@@ -244,7 +245,10 @@ def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
     present = run.cohort.present(wait_s=study.cohort.deadline_s, at_least=study.cohort.min_sites)
     newcomers = [site for site in present if site not in run.histories]
     _greet(run, newcomers, until_unix_s=run.patience())
-    run.log.open(run.approvals, code=run.code, lockfile=run.lockfile, software=software())
+    run.log.open(
+        run.approvals, statements=[s for site in sorted(run.statements) for s in run.statements[site]],
+        code=run.code, lockfile=run.lockfile, software=software(),
+    )  # fmt: skip
     ready = [site for site in present if site in run.histories]
     pending = plan_attempt(
         study, round=round, attempt=attempt, cohort=ready, histories=run.histories, sizes=run.log.sizes,
@@ -275,7 +279,10 @@ def _greet(run: Run, sites: Iterable[str], *, until_unix_s: float, train: bool =
 
     def accept(site: str, reply: Message) -> None:
         hello = parse_hello(reply)
+        for statement in hello.statements:
+            run.log.verify_own(site, statement)
         run.log.saw(site, hello.seen_size)
+        run.statements[site] = hello.statements
         run.approvals[site] = hello.approval
         run.histories[site] = hello.seen_round
 

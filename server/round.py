@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from common.canonical import sha256_hex
 from common.config import Study
-from common.errors import AdapterInvalid, EntryInvalid
+from common.errors import AdapterInvalid, EntryInvalid, EnvelopeMalformed
 from common.identity import SigningKey
 from common.ledger.entries import Outcome, Participation
 from common.ledger.statements import commit, make_round, parse_participation, verify_contribution
@@ -21,6 +21,8 @@ from common.records import RoundRecord, SignedRecord, signed_to_json
 from common.schedule import active_groups, learning_rate
 from server.checkpoint import Pending, StudyState
 from server.study_log import WitnessOffer
+
+MAX_STATEMENTS_BYTES = 65_536
 
 
 def plan_attempt(
@@ -117,21 +119,28 @@ def pack_offer(offer: WitnessOffer) -> bytes:
 
 @dataclass(frozen=True)
 class Hello:
-    """What a site says of itself: the last round it verified (-1: none), and of the ledger what it saw."""
+    """What a site says of itself: the last round it verified (-1: none), what it saw of the ledger.
+
+    `statements` are the site's own entries for it, encoded; nothing of them is verified here.
+    """
 
     seen_round: int
     seen_size: int
     approval: bytes
+    statements: tuple[bytes, ...]
 
 
 def parse_hello(reply: Message) -> Hello:
     """Parse a site's answer to hello; raises EnvelopeMalformed."""
-    meta, (approval,) = unpack_body(
+    meta, (approval, statements) = unpack_body(
         reply.body,
         fields={"version": int, "seen_round": int, "seen_record": str, "seen_size": int},
-        parts=1,
+        parts=2,
     )
-    return Hello(int(meta["seen_round"]), int(meta["seen_size"]), bytes(approval))
+    if len(statements) > MAX_STATEMENTS_BYTES:
+        raise EnvelopeMalformed(f"hello: expected statements of at most {MAX_STATEMENTS_BYTES} bytes")
+    lines = tuple(bytes(statements).split(b"\n")) if statements else ()
+    return Hello(int(meta["seen_round"]), int(meta["seen_size"]), bytes(approval), lines)
 
 
 def parse_witnessed(reply: Message) -> bytes:

@@ -13,14 +13,17 @@ from dataclasses import dataclass, replace
 
 from common.canonical import sha256_hex
 from common.config import Study
-from common.errors import FedRadError, LedgerInvalid
+from common.errors import EntryInvalid, FedRadError, LedgerInvalid
 from common.identity import Purpose, SigningKey, verify_signature
 from common.ledger.checkpoint import format_ledger_proof, verify_quorum, witness_key
 from common.ledger.entries import (
+    NO_STUDY,
     OPERATOR,
     Approval,
     Body,
+    DataUse,
     Decision,
+    Enrolment,
     Entry,
     Incident,
     Outcome,
@@ -31,9 +34,10 @@ from common.ledger.entries import (
     StudyOpened,
     format_entry,
     parse_entry,
+    signed_bytes,
 )
 from common.ledger.note import Note, VerifierKey, format_note, parse_signature_line
-from common.ledger.statements import sign_entry, verify_contribution
+from common.ledger.statements import sign_entry, verify_contribution, verify_signed_by
 from common.ledger.witness import format_cosign_request
 from server.log import Log
 
@@ -64,24 +68,37 @@ class StudyLog:
         self._approved: set[str] = set()
         self._rounds: set[tuple[int, int]] = set()
         self._leaves: set[str] = set()
+        self._stated: set[bytes] = set()
         self._release_epsilon = 0.0
         self._ended = False
         for index, entry in enumerate(book.entries()):
-            if entry.study == study.sha256:
-                self._note_entry(index, entry.body)
+            self._note_entry(index, entry)
 
     @property
     def witnesses(self) -> tuple[VerifierKey, ...]:
         sites = [site for site in self._study.cohort.site if site.witness_key]
         return tuple(witness_key(site.id, bytes.fromhex(site.witness_key)) for site in sites)
 
-    def open(self, approvals: Mapping[str, bytes], *, code: str, lockfile: str, software: str) -> None:
-        """Log the study and the sites' approvals (64-byte signatures of the manifest) not logged yet.
+    def open(
+        self,
+        approvals: Mapping[str, bytes],
+        *,
+        statements: Iterable[bytes] = (),
+        code: str,
+        lockfile: str,
+        software: str,
+    ) -> None:
+        """Log the study, the sites' approvals and their own entries, as far as they are not logged yet.
 
-        Raises SignatureInvalid, naming no entry, for an approval that its site did not make.
+        approvals: 64-byte signatures of the manifest; statements: entries that `verify_own` let pass. Raises
+        SignatureInvalid, naming no entry, for an approval that its site did not make.
         """
         from common.config import format_study
 
+        stated = [parse_entry(statement) for statement in statements]
+        new = {signed_bytes(entry): entry for entry in stated if signed_bytes(entry) not in self._stated}
+        enrolments = [self._dated(entry) for entry in new.values() if isinstance(entry.body, Enrolment)]
+        self._append_entries(enrolments)
         bodies: list[Body] = []
         if self._newest < 0:
             opened = StudyOpened(manifest=self._study, code=code, lockfile=lockfile, software=software)
@@ -94,6 +111,26 @@ class StudyLog:
                 approve = Decision.APPROVE
                 bodies.append(Approval(site=site, decision=approve, policy="", signature=signature.hex()))
         self._append(bodies)
+        self._append_entries([self._dated(e) for e in new.values() if isinstance(e.body, DataUse)])
+
+    def verify_own(self, site: str, statement: bytes) -> None:
+        """Raise unless this is the site's own signed entry about its keys or its data in this study.
+
+        Raises EntryInvalid, SignatureInvalid or what parsing raises.
+        """
+        entry, pinned = parse_entry(statement), self._study.site(site)
+        body = entry.body
+        if not isinstance(body, Enrolment | DataUse) or body.site != site:
+            raise EntryInvalid(
+                f"{site}: expected its enrolment or its data, got an entry of kind {entry.kind}"
+            )
+        if isinstance(body, Enrolment) and (body.message_key, body.witness_key) != (
+            pinned.message_key, pinned.witness_key or body.witness_key,
+        ):  # fmt: skip
+            raise EntryInvalid(f"{site}: expected the keys that the manifest pins, got others")
+        if entry.study != (self._study.sha256 if isinstance(body, DataUse) else NO_STUDY):
+            raise EntryInvalid(f"{site}: expected an entry of this study, got one of another")
+        verify_signed_by(entry, signer=site, public_hex=pinned.message_key)
 
     def seal(self, bodies: Iterable[Body]) -> list[bytes]:
         """Sign entries without logging them yet, so that they can be made durable with what they say.
@@ -132,6 +169,24 @@ class StudyLog:
         if release.version not in self._releases:
             self._append([release])
         return self._book.leaf(self._releases[release.version]), self._book.checkpoint()
+
+    def version_of(self, adapter: str) -> int:
+        """Return the version under which an adapter was released, or the next free one."""
+        for version, index in self._releases.items():
+            body = self._book.read(index).body
+            if isinstance(body, Release) and body.adapter == adapter:
+                return version
+        return max(self._releases, default=0) + 1
+
+    def release_leaf(self, version: int) -> bytes:
+        """Return a logged release's entry; raises LedgerInvalid."""
+        if version not in self._releases:
+            raise LedgerInvalid(f"expected release {version} in the log, got none")
+        return self._book.leaf(self._releases[version])
+
+    def head(self) -> Note:
+        """Return the latest checkpoint with the cosignatures gathered so far."""
+        return self._book.checkpoint()
 
     def add(self, body: Incident | StudyEnd) -> None:
         """Log an incident, or the study's end (once)."""
@@ -206,14 +261,24 @@ class StudyLog:
             first = self._book.append(entries)
             self._book.checkpoint()
             for offset, entry in enumerate(entries):
-                self._note_entry(first + offset, entry.body)
+                self._note_entry(first + offset, entry)
 
     def _signed(self, body: Body) -> Entry:
         time_s = max(int(self._clock()), self._book.last_time_s)
         entry = Entry(time_s, self._study.sha256, body)
         return sign_entry(entry, signer=OPERATOR, key=self._key)
 
-    def _note_entry(self, index: int, body: Body) -> None:
+    def _dated(self, entry: Entry) -> Entry:
+        """Give a site's entry the log's time and, beside the site's signature, the operator's."""
+        time_s = max(int(self._clock()), self._book.last_time_s)
+        return sign_entry(replace(entry, time_s=time_s), signer=OPERATOR, key=self._key)
+
+    def _note_entry(self, index: int, entry: Entry) -> None:
+        body = entry.body
+        if isinstance(body, Enrolment | DataUse):
+            self._stated.add(signed_bytes(entry))
+        if entry.study != self._study.sha256:
+            return
         self._leaves.add(sha256_hex(self._book.leaf(index)))
         if isinstance(body, StudyOpened):
             self._shown = index

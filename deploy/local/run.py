@@ -20,6 +20,10 @@ from common.config import Mode, Study
 from common.errors import FedRadError, RunDirectoryBusy
 from common.files import write_atomic
 from common.identity import load_key
+from common.ledger.audit import verify_bundle
+from common.ledger.findings import Status
+from common.ledger.release_proof import trust_of, verify_release_folder
+from common.ledger.sbom import software
 from common.model.lora import Vector, read_adapter, vector_sha256, vector_size
 from common.model.manifest import verify_base
 from common.model.release import write_release
@@ -28,7 +32,9 @@ from deploy.local.consortium import LocalConsortium, set_up
 from deploy.local.engines import Engine, run_engine
 from deploy.local.measure import HeldOut, Scored, by_site, load_held_out, score
 from deploy.local.report import write_report
+from server.bundles import export_run
 from server.checkpoint import read_records
+from server.release_log import ledger_head, log_release, prove_release
 
 
 class Display(Protocol):
@@ -100,6 +106,8 @@ def run_study_locally(
         curve = _curve(out, study, adapted, held["validation"])
     result = _result(consortium, engine, scored, held["test"], seconds_before + time.time() - started)
     _release(consortium, vectors["federated"][0], result)
+    result["ledger"] = _witness_release(consortium, result)
+    result["seconds"] = round(seconds_before + time.time() - started, 2)
     write_report(
         out / "report.html", study=study, result=result, held=held["test"], scored=scored, curve=curve,
         log=_log(out),
@@ -277,7 +285,7 @@ def _per_message(traffic: dict[str, Any], direction: str) -> float:
 
 
 def _release(consortium: LocalConsortium, vector: Vector, result: dict[str, Any]) -> None:
-    from deploy.local.card import model_card
+    from server.model_card import model_card
 
     study = consortium.study
     write_release(
@@ -285,6 +293,25 @@ def _release(consortium: LocalConsortium, vector: Vector, result: dict[str, Any]
         round=study.rounds - 1, release_epsilon=result["privacy"]["release_epsilon"] or 0.0,
         card=model_card(study, result, adapter_sha256=vector_sha256(vector)),
     )  # fmt: skip
+
+
+def _witness_release(consortium: LocalConsortium, result: dict[str, Any]) -> dict[str, Any]:
+    """Log the release, let the sites witness it, prove it, and audit the whole run; returns the ledger's state.
+
+    Raises QuorumNotReached or ReleaseUnproven.
+    """
+    study, release = consortium.study, consortium.out / "release"
+    spent = [value for value in result["privacy"]["site_epsilon"].values() if value is not None]
+    version = log_release(consortium.server, release, site_epsilon=max(spent, default=0.0))
+    run_engine(consortium, Engine.INPROCESS, say=lambda line: None)
+    prove_release(consortium.server, release, version=version)
+    unprotected = study.privacy.mode is Mode.PLAIN or study.testing is not None
+    verify_release_folder(release, [trust_of(study)], allow_unprotected=unprotected)
+    bundle = export_run(consortium.out, exported_s=int(time.time()), software=software())
+    report = verify_bundle(bundle, trusted=trust_of(study).log)
+    head = ledger_head(consortium.server)
+    verified = all(finding.status is not Status.FAIL for finding in report.findings)
+    return {"size": head.size, "root": head.root, "verified": verified}
 
 
 def _finished_result(out: Path, study: Study, engine: Engine, *, compare: bool) -> dict[str, Any] | None:

@@ -57,6 +57,8 @@ def test_a_private_study_runs_from_init_to_result(
     traffic = result["traffic"]
     for way in ("up", "down"):
         assert abs(traffic[f"bytes_{way}_per_site_round"] / traffic["adapter_bytes"] - 1) < 0.02
+    ledger = result["ledger"]
+    assert ledger["verified"] is True and ledger["size"] > result["rounds"] and len(ledger["root"]) == 64
     assert _base_hashes() == before
     page = (out / "report.html").read_text()
     assert "<script" not in page and not re.search(r"(src|href)=.https?:", page)

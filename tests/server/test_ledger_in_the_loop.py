@@ -59,14 +59,16 @@ def test_a_study_of_each_mode_passes_its_audit(make: Make, mode: str) -> None:
     world.run()
     found = audited(world)
     kinds = [entry.kind for entry in entries(world)]
-    assert kinds == ["study", *["approval"] * 4, "round", "round", "end"]
-    for control in ("log-history", "witness-quorum", "round-chain", "contribution-signatures",
+    assert kinds == [
+        *["enrolment"] * 4, "study", *["approval"] * 4, *["data"] * 4, "round", "round", "end",
+    ]  # fmt: skip
+    for control in ("log-history", "enrolment", "witness-quorum", "round-chain", "contribution-signatures",
                     "site-records", "completeness"):  # fmt: skip
         assert found[control] is Status.PASS
     if mode == "consortium":
-        assert {found[c] for c in ("site-epsilon", "release-epsilon", "budgets", "mechanism", "aggregate")} == {
-            Status.PASS
-        }
+        assert {
+            found[c] for c in ("site-epsilon", "release-epsilon", "budgets", "mechanism", "aggregate")
+        } == {Status.PASS}
 
 
 def test_a_dropout_and_a_failed_attempt_stand_in_the_ledger_and_pass_the_audit(make: Make) -> None:
