@@ -364,6 +364,10 @@ class SiteKeyInvalid(FedRadError):
     """The site key file is missing, malformed or readable by others."""
 
 
+class RecogniserInvalid(FedRadError):
+    """A plugged-in recogniser of names cannot be loaded, failed, or answered outside the text."""
+
+
 class ImportBusy(FedRadError):
     """Another import into the same folder is running."""
 
@@ -701,10 +705,6 @@ class EvaluationRefused(FedRadError):
 
 class JudgeAnswerInvalid(FedRadError):
     """A judge's answer is not the JSON that was asked for."""
-
-
-class EvaluationBudgetExceeded(FedRadError):
-    """A federated evaluation would cost more privacy than was set aside for evaluations."""
 
 
 # --- versions, backup, pages for operators (common/compatibility, server/backup, common/metrics_page) -------

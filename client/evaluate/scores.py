@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import ScoresInvalid
-from common.labeller import LABELS, NO_FINDING, Status, label_report
+from common.evaluation_counts import FINDINGS
+from common.labeller import NO_FINDING, Status, label_report
 
 Array = NDArray[np.float64]
 Tables = dict[str, Array]
-FINDINGS = tuple(label for label in LABELS if label != NO_FINDING)
 _WORDS = re.compile(r"\w+|[^\w\s]")
 _ORDERS = 4
 

@@ -31,6 +31,8 @@ MISTRAL_PROMPT = (
     "[INST] <image>\nProvide a description of the findings in the radiology image given the following "
     "indication: {indication} [/INST]"
 )
+MISTRAL_QUESTION = "[INST] <image>\n{question} [/INST]"
+VICUNA_QUESTION = LLAVA_RAD_TEMPLATE.partition("<image>")[0] + "<image>\n{question} ASSISTANT:"
 _TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta",
@@ -172,7 +174,7 @@ def _plan_rad(source: Path, language: Path, vision: Path | None) -> Conversion:
                 given.get("mean", _CLIP_MEAN),
                 given.get("std", _CLIP_STD),
             ),
-            "fedrad.json": {"prompt": LLAVA_RAD_TEMPLATE},
+            "fedrad.json": {"prompt": LLAVA_RAD_TEMPLATE, "question": VICUNA_QUESTION},
         },
         sources=_files(recipes) + _present(source, language),
     )
@@ -250,9 +252,11 @@ def _plan_med(source: Path, vision: Path | None) -> Conversion:
         vocabulary=words,
         files={
             "preprocessor_config.json": _processing(eyes["image_size"], _CLIP_MEAN, _CLIP_STD),
-            "fedrad.json": {
-                "prompt": MISTRAL_PROMPT if text["model_type"] == "mistral" else LLAVA_RAD_TEMPLATE
-            },
+            "fedrad.json": (
+                {"prompt": MISTRAL_PROMPT, "question": MISTRAL_QUESTION}
+                if text["model_type"] == "mistral"
+                else {"prompt": LLAVA_RAD_TEMPLATE, "question": VICUNA_QUESTION}
+            ),
         },
         sources=_files(recipes) + _present(source),
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -185,6 +186,35 @@ def test_what_cannot_be_evaluated_is_refused(given: Path, tmp_path: Path) -> Non
                 data[:-2] + b" \n" if path.name == "tokenizer_config.json" else data
             )
         evaluate(settings(given, tmp_path / "o2", base=other), progress=quiet)
+
+
+def test_questions_are_asked_where_the_base_says_how(given: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base_directory(), base)
+    prompts = json.loads((base / "fedrad.json").read_text())
+    asked = prompts["prompt"].replace("{indication}", "{question}")
+    (base / "fedrad.json").write_text(json.dumps(prompts | {"question": asked}))
+    made = study()
+    made = replace(made, base=replace(made.base, files=hash_base(base)))
+    vector = initial_vector(base, made.adapter)
+    write_release(tmp_path / "r", made, vector, KEY, round=2, release_epsilon=7.5, card="# A model\n")
+    lines = (given / "data" / "north" / "pairs.jsonl").read_text().splitlines()
+    studies = [pair["study"] for pair in map(json.loads, lines) if pair["split"] == "train"]
+    questions = tmp_path / "questions.jsonl"
+    kinds = ({"question": "Edema?", "answer": "no"}, {"question": "What is seen?", "answer": "edema"})
+    questions.write_text(
+        "".join(json.dumps({"study": name, **kind}) + "\n" for name in studies for kind in kinds)
+    )
+    result = evaluate(
+        settings(given, tmp_path / "out", release=tmp_path / "r", base=base, limit=6, questions=questions),
+        progress=quiet,
+    )
+    found = result["questions"]
+    assert (found["closed"], found["open"]) == (6, 6)
+    assert set(found["scores"]) == {
+        "vqa_closed", "vqa_open_recall", "vqa_open_f1", "vqa_closed_llava_med_substring"
+    }  # fmt: skip
+    assert "Questions (6 closed, 6 open)" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ import pytest
 
 from client.evaluate.controls import flip_negations, negation_control, verdicts
 from client.evaluate.intervals import bootstrap, compare, patient_sums
-from client.evaluate.scores import FINDINGS, METRICS, per_finding, score, tabulate
+from client.evaluate.scores import METRICS, per_finding, score, tabulate
 from common.errors import ScoresInvalid
+from common.evaluation_counts import FINDINGS
 from common.labeller import Status, label_report
 from common.metrics import score_reports
 from common.model import phantom_reports, phantoms
@@ -94,7 +95,7 @@ def test_flipped_negations_of_real_reports_lower_every_recommended_score() -> No
     for table in sorted(REPORTS.glob("*/reports.csv")):
         with table.open() as handle:
             reports += [f"{row['findings']} {row['impression']}".strip() for row in csv.DictReader(handle)]
-    control = negation_control(reports)
+    control = negation_control(reports[::4])
     assert all(control[name]["flipped"] < 0.25 for name, metric in METRICS.items() if metric.recommended)
     assert control["rouge_l"]["flipped"] > 0.85
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from client.evaluate.questions import question_template
 from common.config import AdapterSection
 from common.errors import BaseHashMismatch, BaseInvalid, ConversionRefused
 from common.model.convert.importing import import_base, verify_import
@@ -49,6 +50,7 @@ def test_conversion_keeps_every_logit(kind: Kind, tmp_path: Path) -> None:
     original = WRITERS[kind](tmp_path / "source", Size())
     assert detect_kind(tmp_path / "source") is kind
     made = import_base(tmp_path / "source", tmp_path / "out", dtype="float32")
+    assert question_template(tmp_path / "out").count("<image>") == 1
     model, tokenizer = load_base(tmp_path / "out")
     assert torch.equal(last_logits(model, Size()), last_logits(original, Size()))
     assert (made.kind, made.sha256) == (kind.value, verify_import(tmp_path / "out").sha256)
