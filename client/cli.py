@@ -18,6 +18,7 @@ from client.data.cli import app as data_app
 from client.evaluate_cli import evaluate_command
 from client.pacs_cli import pacs_app
 from client.release_cli import access_app, model_app
+from client.serving_cli import mount as mount_serving
 from common.terminal import answer, bars, run_program
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ app.command("evaluate")(evaluate_command)
 app.add_typer(model_app, name="model")
 app.add_typer(access_app, name="access")
 app.add_typer(pacs_app, name="pacs")
+mount_serving(app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Home = Annotated[

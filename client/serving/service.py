@@ -11,7 +11,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,7 @@ class Draft:
     cut: bool
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    prompt_tokens: int
     first_token_s: float | None
     seconds: float
     access_record: str
@@ -159,6 +160,7 @@ class DraftingService:
             cut=result.cut if result else False,
             token_ids=result.token_ids if result else (),
             logprobs=result.logprobs if result else (),
+            prompt_tokens=result.prompt_tokens if result else 0,
             first_token_s=first_s,
             seconds=self._clock_s() - started,
             access_record="",
@@ -207,11 +209,19 @@ class DraftingService:
         """Put something on the access log, durably."""
         return await self._write(user, action, payload, self.model)
 
-    async def switch(self, source: ReleaseSource, *, guard: Guard | None, user: str) -> CanaryFigures:
-        """Start another release beside this one, compare both on the canary studies, and switch.
+    async def switch(
+        self,
+        source: ReleaseSource,
+        *,
+        user: str,
+        commit: Callable[[], Awaitable[None]] | None = None,
+        must_pass: bool = True,
+    ) -> CanaryFigures:
+        """Start another release of this base beside this one, compare both on the canary, and switch.
 
-        The old release answers until the new one has passed, and finishes what it began. Raises CanaryFailed
-        and what starting raises; then nothing has changed.
+        The old release answers until the new one has passed, and finishes what it began. `commit` is awaited
+        between the canary and the switch; with `must_pass` False (going back) faults are measured only.
+        Raises CanaryFailed and what starting or `commit` raises; then nothing has changed.
         """
         async with self._switch_lock:
             old = self._active
@@ -223,12 +233,18 @@ class DraftingService:
                 processor = _processor(source.base)
                 figures = await run_canary(engine, processor)
                 faults = canary_faults(self._figures, figures)
-                if faults:
+                if faults and must_pass:
                     raise CanaryFailed(f"{engine.model.label}: {'; '.join(faults)}")
+                if engine.model.base != old.engine.model.base:
+                    raise CanaryFailed(
+                        f"expected a release of base {old.engine.model.base}, got one of {engine.model.base}"
+                    )
+                if commit is not None:
+                    await commit()
             except BaseException:
                 await engine.stop()
                 raise
-            self._active = Active(engine, guard, processor)
+            self._active = Active(engine, old.guard, processor)
             self._figures = figures
             await self._write(user, Action.SWITCH_MODEL, None, engine.model)
             self.metrics.switched(engine.model)

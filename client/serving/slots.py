@@ -60,7 +60,7 @@ class SlotCache:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store one layer's new keys and values; return all that attention may see (called by transformers)."""
+        """Store one layer's new keys and values; return all attention may see (called by transformers)."""
         if layer == len(self._keys):
             shape = (self._slots, self._positions)
             self._keys.append(key.new_zeros(shape[0], key.shape[1], shape[1], key.shape[3]))

@@ -1,0 +1,310 @@
+"""Put a serving process together: release, engine, guard, HTTP, gRPC; run until told to stop.
+
+Guarantees: it listens beyond loopback only when told so, with TLS and users; it serves only a release whose
+signature, and in a model store whose ledger proof, was verified; it runs without a guard only when told so.
+A release switched with `fedrad-site model use` is taken up while running, after the canary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from client.access import AccessLog
+from client.serving.engine import Ask
+from client.serving.guard import CalibratedGuard, calibrate_guard, guard_path, pick_pictures, read_guard
+from client.serving.guard_image import format_guard
+from client.serving.http import HttpSettings, create_app
+from client.serving.picture import Picture, prepared
+from client.serving.plan import EnginePlan, find_device, plan_engine
+from client.serving.service import Active, DraftingService
+from client.serving.source import ReleaseSource
+from client.serving.users import TokenFile
+from client.serving.workers import WorkerEngine
+from common.canonical import sha256_hex
+from common.errors import FedRadError, GuardNotCalibrated, ServingRefused
+from common.files import write_atomic
+from common.model.images import read_processor
+
+if TYPE_CHECKING:
+    from client.releases import ModelStore
+
+Progress = Callable[[str, int, int], None]
+_LOG = logging.getLogger("fedrad.serving")
+_LOOK_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Certificate and key of this server; `client_ca` asks every client for a certificate of that CA."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that `fedrad-site serve` was told. `folder` is the site's directory for tokens, guard and logs."""
+
+    folder: Path
+    source: ReleaseSource
+    host: str = "127.0.0.1"
+    port: int = 8787
+    beyond_loopback: bool = False
+    tls: Tls | None = None
+    hosts: tuple[str, ...] = ()
+    open_to: str = ""
+    guarded: bool = True
+    guard_images: tuple[Path, ...] = ()
+    socket: Path | None = None
+    threads: int = 1
+    max_batch: int = 8
+    per_minute: float = 120.0
+    burst: int = 30
+    keep_drafts: bool = True
+    page: bool = True
+    pacs: Path | None = None
+    data: Path | None = None
+
+
+def verify_listening(launch: Launch, *, has_tokens: bool) -> None:
+    """Raise ServingRefused for an address, or an openness, that was not asked for in full."""
+    loopback = is_loopback(launch.host)
+    certified = launch.tls is not None and launch.tls.client_ca is not None
+    if not loopback:
+        if not launch.beyond_loopback:
+            raise ServingRefused(f"expected a loopback address, got {launch.host}; --listen asks for others")
+        if launch.tls is None:
+            raise ServingRefused(f"expected TLS (--tls-cert, --tls-key) to listen on {launch.host}, got none")
+        if launch.open_to:
+            raise ServingRefused(f"expected users to listen on {launch.host}, got --open")
+        if not has_tokens and not certified:
+            raise ServingRefused(
+                "expected users (fedrad-site token add, or --client-ca) to listen beyond loopback, got none"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def engine_plan(source: ReleaseSource, *, max_batch: int) -> EnginePlan:
+    """Plan the engine for this machine's device and the base's size."""
+    import json
+    import math
+
+    from common.model.manifest import tensor_shapes
+
+    weights = sum(math.prod(shape) for shape in tensor_shapes(source.base).values())
+    config = json.loads((source.base / "config.json").read_text()).get("text_config", {})
+    hidden, heads = config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
+    many = config.get("num_key_value_heads", heads)
+    per_token = 2 * 2 * config.get("num_hidden_layers", 32) * many * (hidden // heads)
+    return plan_engine(find_device(), weights=weights, kv_bytes_per_token=per_token, max_batch=max_batch)
+
+
+async def open_service(
+    launch: Launch, *, progress: Progress, plan: EnginePlan | None = None
+) -> DraftingService:
+    """Start engine and guard and return the service; the caller closes it."""
+    plan = plan or engine_plan(launch.source, max_batch=launch.max_batch)
+    engine = WorkerEngine(launch.source, plan, threads=launch.threads)
+    await engine.start()
+    try:
+        guard = await site_guard(launch, engine, progress=progress) if launch.guarded else None
+        access = AccessLog(launch.folder / "access")
+        active = Active(engine, guard, read_processor(launch.source.base))
+        service = DraftingService(active, access=access, keep_drafts=launch.keep_drafts)
+        service.metrics.serving(engine.model)
+        return service
+    except BaseException:
+        await engine.stop()
+        raise
+
+
+async def site_guard(launch: Launch, engine: WorkerEngine, *, progress: Progress) -> CalibratedGuard:
+    """Read the guard's calibration for this base, or make it from the site's own images."""
+    path = guard_path(launch.folder / "serving", base_files=base_name(launch.source))
+    with contextlib.suppress(GuardNotCalibrated):
+        return read_guard(path)
+    processor = read_processor(launch.source.base)
+
+    async def features(picture: Picture) -> Any:
+        return await engine.image_vector(Ask(picture.sha256, prepared(picture, processor)))
+
+    made = await calibrate_guard(pick_pictures(launch.guard_images), features, progress=progress)
+    write_atomic(path, format_guard(made), mode=0o600)
+    return CalibratedGuard(made)
+
+
+def base_name(source: ReleaseSource) -> str:
+    """Name a base by its pinned files."""
+    return sha256_hex(repr(source.opened().study.base.files).encode())
+
+
+async def serve(
+    launch: Launch, *, store: ModelStore | None, progress: Progress, started: Callable[[str, str], None]
+) -> None:
+    """Serve until SIGINT or SIGTERM; `started` gets the address and, the first time, a token."""
+    import uvicorn
+
+    tokens = None if launch.open_to else TokenFile(launch.folder / "serving" / "tokens.json")
+    verify_listening(launch, has_tokens=tokens is not None and bool(tokens.names()))
+    service = await open_service(launch, progress=progress)
+    socket_server, watch, pacs = None, None, None
+    try:
+        switch = None
+        if store is not None:
+            switch = _switcher(service, store, launch)
+            watch = asyncio.create_task(_watch(service, store, switch))
+        app = create_app(
+            service,
+            settings=HttpSettings(
+                tokens=tokens,
+                hosts=_hosts(launch),
+                open_to=launch.open_to,
+                certificate_users=launch.tls is not None and launch.tls.client_ca is not None,
+                per_minute=launch.per_minute,
+                burst=launch.burst,
+            ),
+            routers=_routers(service, launch),
+            switch=switch,
+        )
+        if launch.socket is not None:
+            from client.serving.grpc_service import start_grpc
+
+            socket_server = await start_grpc(service, launch.socket, user="local:grpc")
+        if launch.pacs is not None:
+            from client.pacs.serve import start_pacs
+            from client.serving.worklist import Worklist
+
+            pacs = start_pacs(service, launch.pacs, worklist=Worklist(_worklist(launch)))
+        token = ""
+        if tokens is not None and not tokens.names():
+            token = tokens.create("first", admin=True)
+        server = uvicorn.Server(uvicorn_config(app, launch))
+        running = asyncio.create_task(server.serve())
+        while not server.started and not running.done():
+            await asyncio.sleep(0.02)
+        if server.started:
+            started(_address(launch, server), token)
+        await running
+    finally:
+        if watch is not None:
+            watch.cancel()
+        if pacs is not None:
+            await asyncio.to_thread(pacs.stop)
+        if socket_server is not None:
+            await socket_server.stop(5.0)
+        await service.close()
+
+
+def uvicorn_config(app: Any, launch: Launch) -> Any:
+    """Configure uvicorn: TLS as told, names from client certificates, no access log of its own."""
+    import uvicorn
+
+    from client.serving.certificate_user import CertificateProtocol
+
+    tls: dict[str, Any] = {}
+    if launch.tls is not None:
+        tls = {"ssl_certfile": str(launch.tls.certificate), "ssl_keyfile": str(launch.tls.key)}
+        if launch.tls.client_ca is not None:
+            tls |= {"ssl_ca_certs": str(launch.tls.client_ca), "ssl_cert_reqs": int(ssl.CERT_REQUIRED)}
+    return uvicorn.Config(
+        app,
+        host=launch.host,
+        port=launch.port,
+        http=CertificateProtocol,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        limit_concurrency=512,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=30,
+        **tls,
+    )
+
+
+def _switcher(service: DraftingService, store: ModelStore, launch: Launch) -> Any:
+    async def switch(version: int, pin: str, user: str) -> dict[str, Any]:
+        release = await asyncio.to_thread(
+            store.verify, version, allow_unprotected=launch.source.allow_unprotected
+        )
+        source = replace(launch.source, release=store.folder(release.version), version=version)
+
+        async def commit() -> None:
+            await asyncio.to_thread(
+                store.use,
+                version,
+                time_s=int(time.time()),
+                by=user,
+                pin_reason=pin,
+                allow_unprotected=launch.source.allow_unprotected,
+            )
+
+        back = version < service.model.version
+        figures = await service.switch(source, user=user, commit=commit, must_pass=not back)
+        return {"version": version, "model": service.model.label, "canary": figures.__dict__}
+
+    return switch
+
+
+async def _watch(service: DraftingService, store: ModelStore, switch: Any) -> None:
+    """Take up what `fedrad-site model use` or `rollback` decided; a release that fails is tried once."""
+    failed = 0
+    while True:
+        await asyncio.sleep(_LOOK_EVERY_S)
+        try:
+            current = await asyncio.to_thread(store.current)
+            if current is None or current.version in (service.model.version, failed):
+                continue
+            await switch(current.version, "", "local:model-use")
+            service.switch_failure, failed = "", 0
+        except FedRadError as error:
+            failed = current.version if current else 0
+            service.switch_failure = f"version {failed}: {error.code}: {error}"
+            _LOG.warning("the release in use stays: %s", service.switch_failure)
+        except (OSError, ValueError) as error:
+            _LOG.warning("cannot read the model store: %s", type(error).__name__)
+
+
+def _routers(service: DraftingService, launch: Launch) -> list[Any]:
+    if not launch.page:
+        return []
+    from client.serving.page import page_router
+
+    folder = launch.folder / "serving" / "page"
+    return [page_router(service, folder=folder, data=launch.data, worklist_folder=_worklist(launch))]
+
+
+def _worklist(launch: Launch) -> Path:
+    return launch.folder / "serving" / "page" / "worklist"
+
+
+def _hosts(launch: Launch) -> tuple[str, ...]:
+    own = HttpSettings(None).hosts if is_loopback(launch.host) else (launch.host.lower(),)
+    return tuple(dict.fromkeys((*own, *(host.lower() for host in launch.hosts))))
+
+
+def _address(launch: Launch, server: Any) -> str:
+    port = launch.port
+    for one in server.servers:
+        for listening in one.sockets:
+            port = listening.getsockname()[1]
+    return f"{'https' if launch.tls else 'http'}://{launch.host}:{port}/"
