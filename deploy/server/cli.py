@@ -25,9 +25,13 @@ def up(
     ] = None,
     proxy: Annotated[str, typer.Option("--proxy", help="nginx, caddy, or none: one of your own.")] = "nginx",
     superlink_port: Annotated[
-        int, typer.Option("--superlink-port", help="On loopback; 0 takes a free one.")
-    ] = 9400,
-    api_port: Annotated[int, typer.Option("--api-port", help="On loopback; 0 takes a free one.")] = 9401,
+        int | None,
+        typer.Option("--superlink-port", help="On loopback; default a free one, 9400 with --proxy none."),
+    ] = None,
+    api_port: Annotated[
+        int | None,
+        typer.Option("--api-port", help="On loopback; default a free one, 9401 with --proxy none."),
+    ] = None,
     passphrase_file: Passphrase = None,
 ) -> None:
     """Run the consortium's server until it is told to stop (Ctrl-C or SIGTERM)."""
@@ -44,11 +48,12 @@ def up(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     opened = open_server_home(home.absolute(), credentials=credentials_directory())
     authority = opened.authority(passphrase=read_passphrase(passphrase_file))
+    own = proxy == Proxy.NONE.value  # a proxy of the operator's own has the ports in its configuration
     listening = Listening(
         listen=listen or f"0.0.0.0:{opened.port}",
         proxy=Proxy(proxy),
-        superlink_port=superlink_port,
-        api_port=api_port,
+        superlink_port=superlink_port if superlink_port is not None else 9400 * own,
+        api_port=api_port if api_port is not None else 9401 * own,
     )
     if listening.proxy is not Proxy.NONE:
         find_proxy(listening.proxy)
