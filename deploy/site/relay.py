@@ -92,7 +92,7 @@ def _supernode(relay: Relay, tls: LoopbackTls, secret: Path) -> Program:
     return _program(
         relay,
         "supernode",
-        "deploy.site.supernode",
+        "client.supernode",
         *("--superlink", f"{_HOST}:{relay.gateway_port}"),
         *("--root-certificates", str(relay.directory / "gateway-ca.pem")),
         *("--auth-supernode-private-key", str(relay.directory / "node.key")),
