@@ -38,9 +38,9 @@ bench: $(STAMP)
 figures: $(STAMP)
 	$(BIN)/python -m deploy.local.figures --out docs/figures
 
-# From Debian: tesseract reads burned-in text in X-rays, nginx and Caddy stand before the server. Tests that need
-# one of them are skipped where it cannot be had.
-DEBIAN := tesseract-ocr nginx-light caddy
+# From Debian: tesseract reads burned-in text in X-rays, nginx and Caddy stand before the server, faketime
+# sets clocks wrong. Tests that need one of them are skipped where it cannot be had.
+DEBIAN := tesseract-ocr nginx-light caddy faketime
 system:
 	@present=$$(dpkg-query -W -f='$${Package} $${Status}\n' $(DEBIAN) 2>/dev/null | grep -c "ok installed" || true); \
 	[ "$$present" = $(words $(DEBIAN)) ] || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \

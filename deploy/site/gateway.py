@@ -153,7 +153,7 @@ class Gateway:
         self._port = port
         self._open = 0
         self._ready = threading.Event()
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop
         self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="gateway")
         self._thread = threading.Thread(target=self._serve, daemon=True, name="gateway")
         self._failure: BaseException | None = None
@@ -184,6 +184,7 @@ class Gateway:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _serve(self) -> None:
+        self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -29,7 +29,8 @@ from deploy.supervision import Account, Program
 
 CLIENT_APP = "client.app:app"
 _HOST = "127.0.0.1"
-_KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH")
+_KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")
+_KEPT_PREFIXES = ("FLWR_", "OMP_", "OPENBLAS_", "MALLOC_", "FAKETIME")  # the last: tests of wrong clocks
 _TUNING = Tuning(task_poll_s=0.2)
 
 
@@ -122,11 +123,7 @@ def _program(relay: Relay, name: str, module: str, *arguments: str) -> Program:
     inherited = os.environ.get("PYTHONPATH", "")
     path = (Path(deploy.__file__).parents[1], *map(Path, filter(None, inherited.split(os.pathsep))))
     whole = flower_environment(home, path, _TUNING)
-    own = {
-        name: value
-        for name, value in whole.items()
-        if name in _KEPT or name.startswith(("FLWR_", "OMP_", "OPENBLAS_", "MALLOC_"))
-    }
+    own = {name: value for name, value in whole.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
     command = [sys.executable, "-m", module, *arguments]
     return Program(name, command, {**own, "HOME": str(home)}, relay.account)
 
