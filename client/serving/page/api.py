@@ -8,16 +8,16 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from client.serving.http import current_user
+from client.serving.http import CurrentUser as User
+from client.serving.http import LimitedUser
 from client.serving.page.reading import ReadingRoom
 from client.serving.worklist import MAX_REASON_CHARS, MAX_TEXT_CHARS
 from common.errors import FedRadError
 
-User = Annotated[str, Depends(current_user)]
 _PRIVATE = {"Cache-Control": "no-store"}
 
 
@@ -74,7 +74,7 @@ def api_router(room: ReadingRoom) -> APIRouter:
         return Response(content, headers=headers, media_type="application/octet-stream")
 
     @router.post("/cases/{id}/draft")
-    async def draft(user: User, id: str) -> StreamingResponse:
+    async def draft(user: LimitedUser, id: str) -> StreamingResponse:
         events = room.write_draft(id, user=user)
         first = await anext(events)  # an error before the first event is an ordinary answer, not a stream
         headers = {**_PRIVATE, "X-Accel-Buffering": "no"}

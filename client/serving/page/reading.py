@@ -69,19 +69,21 @@ class ReadingRoom:
         row = self._row(self.worklist.case(id))
         return {**row, "draft": self.worklist.draft(id), "decision": self.worklist.decision(id)}
 
-    async def add(self, data: bytes, *, indication: str, source: str = "upload") -> Case:
-        """Take a picture into the worklist; raises ImageUnreadable."""
+    async def add(
+        self, data: bytes, *, indication: str, source: str = "upload", patient: Patient | None = None
+    ) -> Case:
+        """Take a picture into the worklist; a DICOM header says who it is. Raises ImageUnreadable."""
         picture = await asyncio.to_thread(read_picture, data)
-        patient, said = Patient(), ""
+        who, said = patient or Patient(), ""
         if picture.kind == "dicom":
-            patient, said = await asyncio.to_thread(_header, data)
+            who, said = await asyncio.to_thread(_header, data)
         return self.worklist.add(
             data,
             kind=picture.kind,
             source=source,
             received_s=int(self._wall_s()),
             indication=indication or said,
-            patient=patient,
+            patient=who,
         )
 
     async def add_examples(self, count: int) -> list[Case]:
@@ -91,9 +93,12 @@ class ReadingRoom:
         for pair in self._pairs():
             if len(added) == count:
                 break
-            data = (self._data / pair.images[0]).read_bytes() if pair.split == "test" and self._data else b""
-            case = await self.add(data, indication=pair.indication, source="site") if data else None
-            if case and case.picture_sha256 not in had:
+            if pair.split != "test" or self._data is None:
+                continue
+            data = (self._data / pair.images[0]).read_bytes()
+            known = Patient(id=pair.study, view=pair.view)
+            case = await self.add(data, indication=pair.indication, source="site", patient=known)
+            if case.picture_sha256 not in had:
                 added.append(case)
         return added
 

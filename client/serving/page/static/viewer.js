@@ -1,7 +1,7 @@
 // One radiograph on a canvas: window and level on 16 bits, zoom, pan, invert, and a heat of regions over it.
 
 const FULL = 65535;
-const HEAT = 160; // resolution of the drawn heat; the patches below it are coarser
+const HEAT = 288; // resolution of the drawn heat; the patches below it are coarser
 
 export class Viewer {
   constructor(stage) {
@@ -215,9 +215,11 @@ function paintHeat(canvas, map, side) {
   for (let j = 0; j < HEAT; j++) {
     for (let i = 0; i < HEAT; i++) {
       const at = j * HEAT + i, here = field[at];
-      const edge = i && j && ((here >= 0.5) !== (field[at - 1] >= 0.5) || (here >= 0.5) !== (field[at - HEAT] >= 0.5));
-      const alpha = edge ? 200 : Math.max(0, here - 0.06) * 118;
-      image.data.set(edge ? [255, 205, 120, alpha] : [255, 176, 70, alpha], 4 * at);
+      const slope = Math.hypot(field[i + 1 < HEAT ? at + 1 : at] - field[i ? at - 1 : at],
+        field[j + 1 < HEAT ? at + HEAT : at] - field[j ? at - HEAT : at]) / 2;
+      const line = Math.max(0, 1.1 - Math.abs(here - 0.5) / Math.max(slope, 1e-6)) * 190;
+      const alpha = Math.max(line, Math.max(0, here - 0.06) * 105);
+      image.data.set(line > alpha - 1 ? [255, 208, 130, alpha] : [255, 176, 70, alpha], 4 * at);
     }
   }
   context.putImageData(image, 0, 0);
