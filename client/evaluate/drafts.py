@@ -54,7 +54,7 @@ class Journal:
 def write_drafts(
     adapted: Any,
     *,
-    features: torch.Tensor,
+    features: Callable[[Sequence[int]], torch.Tensor],
     keys: Sequence[str],
     indications: Sequence[str],
     max_new_tokens: int,
@@ -64,7 +64,7 @@ def write_drafts(
     template: str | None = None,
     progress: Progress,
 ) -> list[str]:
-    """Write a draft per study, those in the journal excepted; features [N, T, D], in the order of `keys`."""
+    """Write a draft per study, those in the journal excepted; `features` gives some rows as [n, T, D]."""
     from client.evaluation import generate_reports
 
     done = {key: str(record["draft"]) for key, record in journal.read().items()}
@@ -75,7 +75,7 @@ def write_drafts(
         written = generate_reports(
             adapted.model,
             adapted.tokenizer,
-            features=features[rows],
+            features=features(rows),
             indications=[indications[row] for row in rows],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,

@@ -41,7 +41,7 @@ from common.model.manifest import verify_base
 from common.model.release import Release, open_release
 
 if TYPE_CHECKING:
-    import torch
+    from client.features import Features
 
 _QUESTION_TOKENS = 32
 
@@ -160,6 +160,8 @@ def _base(release: Release, given: Path | None) -> Path:
 def _run(
     settings: Settings, release: Release, base: Path, pairs: Sequence[Pair], progress: Progress
 ) -> _Written:
+    import torch
+
     from client.evaluation import shuffled
     from client.features import load_features
     from common.model.loading import load_adapted
@@ -174,14 +176,15 @@ def _run(
         base_files=study.base.files,
         cache=settings.out / "features",
         progress=progress,
-    ).rows(range(len(pairs)))
+    )
+    other = shuffled(torch.arange(len(pairs)), seed=settings.seed).tolist()
     keys = [pair.study for pair in pairs]
     indications = [pair.indication for pair in pairs]
 
-    def write(features: torch.Tensor, kind: str) -> list[str]:
+    def write(images: Sequence[int], kind: str) -> list[str]:
         return write_drafts(
             adapted,
-            features=features,
+            features=lambda rows: features.rows([images[row] for row in rows]),
             keys=keys,
             indications=indications,
             max_new_tokens=study.training.max_new_tokens,
@@ -192,9 +195,9 @@ def _run(
         )
 
     truths = [pair.findings for pair in pairs]
-    drafts = write(features, "own")
+    drafts = write(range(len(pairs)), "own")
     tables = tabulate(drafts, truths) | _plugged(settings, drafts, truths)
-    mixed = tabulate(write(shuffled(features, seed=settings.seed), "shuffled"), truths)
+    mixed = tabulate(write(other, "shuffled"), truths)
     extra: dict[str, Any] = {}
     if settings.ask:
         journal = Journal(settings.out / f"judged-{name}.jsonl")
@@ -215,7 +218,7 @@ def _retrieval(
     settings: Settings,
     adapted: Any,
     max_tokens: int,
-    features: torch.Tensor,
+    features: Features,
     truths: Sequence[str],
     progress: Progress,
 ) -> dict[str, float]:
@@ -225,7 +228,7 @@ def _retrieval(
     matrix = likelihoods(
         adapted.model,
         adapted.tokenizer,
-        features=features[:count],
+        features=features.rows(range(count)),
         reports=truths[:count],
         template=prompt_template(adapted.directory),
         max_tokens=max_tokens,
@@ -241,7 +244,7 @@ def _questions(
     adapted: Any,
     name: str,
     pairs: Sequence[Pair],
-    features: torch.Tensor,
+    features: Features,
     progress: Progress,
 ) -> dict[str, Any]:
     template = question_template(adapted.directory)
@@ -254,7 +257,7 @@ def _questions(
     rows = [row_of[question.study] for question in asked]
     answers = write_drafts(
         adapted,
-        features=features[rows],
+        features=lambda asked: features.rows([rows[at] for at in asked]),
         keys=[f"{at}:{question.study}" for at, question in enumerate(asked)],
         indications=[question.question for question in asked],
         max_new_tokens=_QUESTION_TOKENS,

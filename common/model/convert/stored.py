@@ -15,6 +15,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,18 @@ _STORAGES = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
+# What Python's zipfile raises for files that are none, or are cut, encrypted or of another version.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    OSError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+    OverflowError,
+)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -141,7 +154,7 @@ def open_torch_zip(path: Path, *, inside: str = "") -> dict[str, StoredTensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(path, archive, inside)
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except _DAMAGE as error:
         raise ConversionRefused(
             f"{path}: expected a zip file of torch.save, got {type(error).__name__}; a file of torch before "
             "1.6 must be saved again by someone who trusts it"
@@ -192,6 +205,10 @@ def _parameter(data: Any, *rest: Any) -> Any:
     return data
 
 
+def _dictionary(*arguments: Any) -> dict[Any, Any]:
+    return {}
+
+
 _KNOWN: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
@@ -201,6 +218,10 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
     ("numpy._core.multiarray", "scalar"): _Opaque,
     ("numpy", "dtype"): _Opaque,
     ("_codecs", "encode"): _Opaque,
+    ("argparse", "Namespace"): _Opaque,
+    ("collections", "defaultdict"): _dictionary,
+    ("builtins", "dict"): _dictionary,
+    ("__builtin__", "dict"): _dictionary,
 }
 
 
@@ -232,7 +253,8 @@ def _read_archive(path: Path, archive: zipfile.ZipFile, inside: str) -> dict[str
     pickled = members.get("data.pkl")
     if pickled is None or pickled.file_size > _MAX_PICKLE_BYTES:
         raise ConversionRefused(f"{path}: expected data.pkl of at most {_MAX_PICKLE_BYTES} bytes")
-    if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+    order = members.get("byteorder")
+    if order is not None and (order.file_size != 6 or archive.read(order) != b"little"):
         raise ConversionRefused(f"{path}: expected little-endian values")
     try:
         top = _Inert(io.BytesIO(archive.read(pickled))).load()

@@ -5,15 +5,20 @@ import os
 import pickle
 import struct
 import zipfile
+from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from common.errors import ConversionRefused
+from common.errors import BaseInvalid, ConversionRefused
 from common.model.convert.importing import import_base
 from common.model.convert.stored import open_file, open_folder, read_tensor
 from tests.common.model.convert.foreign import Size, write_llava_med, write_llava_rad
@@ -42,9 +47,8 @@ def test_torch_files_are_read_as_torch_reads_them(tmp_path: Path) -> None:
 
 
 def test_training_state_beside_the_weights_is_passed_over(tmp_path: Path) -> None:
-    import numpy as np
-
-    state = {"state_dict": {"w": torch.ones(2)}, "optimizer": {"lr": np.float64(0.1), "m": [torch.ones(2)]}}
+    optimizer = {"lr": np.float64(0.1), "m": [torch.ones(2)], "state": defaultdict(dict, {0: {"step": 3}})}
+    state = {"state_dict": {"w": torch.ones(2)}, "optimizer": optimizer, "args": Namespace(epochs=3)}
     torch.save(state, tmp_path / "a.pt")
     assert list(open_file(tmp_path / "a.pt", inside="state_dict")) == ["w"]
 
@@ -239,3 +243,29 @@ def test_half_an_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s" / "biomedclipcxr_518_checkpoint.pt").unlink()
     with pytest.raises(ConversionRefused, match="expected this file"):
         import_base(tmp_path / "s", tmp_path / "out")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_are_refused_and_nothing_else_happens(data: st.DataObject, tmp_path: Path) -> None:
+    """A few bytes changed anywhere, or another pickle: tensors that fit the file, or a named refusal."""
+    good = tmp_path / "good.bin"
+    if not good.exists():
+        torch.save({"w": torch.ones(8), "x": torch.ones(2, 3).half()}, good)
+        save_file({"w": torch.ones(8)}, tmp_path / "good.safetensors")
+    suffix = data.draw(st.sampled_from([".bin", ".safetensors", "pickle"]))
+    path = tmp_path / ("bad.safetensors" if suffix == ".safetensors" else "bad.bin")
+    if suffix == "pickle":
+        pickled = data.draw(st.binary(max_size=80))
+        _rewritten(good, path, lambda name, old: (name, pickled if name.endswith("data.pkl") else old))
+    else:
+        raw = bytearray((tmp_path / f"good{suffix}").read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(raw)
+    try:
+        found = open_file(path)
+    except (ConversionRefused, BaseInvalid):
+        return
+    for stored in found.values():
+        read_tensor(stored)
