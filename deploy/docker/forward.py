@@ -2,7 +2,7 @@
 
 The relay speaks to 127.0.0.1 only. In compose its network holds nothing but this forwarder, and the network
 that the forwarder shares with the gateway leads nowhere else, so the relay has one way: to the gateway.
-It reads nothing of what passes and ends a connection when either side does.
+It reads nothing of what passes; a side that ends its half leaves the other half open, as TCP does.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ async def forward(
             return
         carried += 1
         await asyncio.gather(_pump(near_in, far_out), _pump(far_in, near_out))
+        for writer in (far_out, near_out):
+            writer.close()
 
     server = await asyncio.start_server(carry, *listen)
     ready.set()
@@ -45,8 +47,8 @@ async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> N
         while data := await source.read(_PIECE):
             target.write(data)
             await target.drain()
-    with contextlib.suppress(OSError):
-        target.close()
+    with contextlib.suppress(OSError, RuntimeError):
+        target.write_eof()  # the other direction may go on
 
 
 def parse_address(text: str) -> tuple[str, int]:
