@@ -10,6 +10,7 @@ import { current, say } from "./words.js";
 import { renderCases } from "./worklist.js";
 
 export async function open(id) {
+  if (id === state.id) return;
   state.leave?.abort();
   const leave = state.leave = new AbortController();
   Object.assign(state, {
