@@ -32,6 +32,7 @@ import deploy
 from common.errors import ConsortiumInvalid, EngineFailed, FedRadError
 from common.files import write_atomic
 from common.logs import start_json_log
+from deploy import tethered
 from deploy.local.certificates import LoopbackTls, write_loopback_tls
 from deploy.local.control import Control
 from deploy.local.flower import Tuning, flower_environment, flower_program, free_port
@@ -51,6 +52,7 @@ _TICK_S = 0.5
 _RECONCILE_S = 10.0
 _DAILY_S = 86_400.0
 _START_S = 120.0
+_RESTLESS_ENDS = 3
 _TUNING = Tuning(task_poll_s=0.2)
 
 
@@ -287,7 +289,8 @@ class _Server:
                 "--config",
                 str(self._door.state / "Caddyfile"),
             ]
-        return Program("proxy", command, environment)
+        tether = [sys.executable, "-I", "-S", tethered.__file__, str(os.getpid())]
+        return Program("proxy", [*tether, *command], environment)
 
     def _write_door(self) -> None:
         """Write both configurations, also where another proxy than ours reads them."""
@@ -327,12 +330,20 @@ class _Server:
             },
             "studies": studies,
             "broken_studies": broken_studies(self._home) if self._ready else {},
-            "warnings": dict(sorted(self._warnings.items())),
+            "warnings": dict(sorted({**self._warnings, **self._restless()}.items())),
         }
         data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
         if data != self._written:
             write_atomic(self._home.directory / "status.json", data)
             self._written = data
+
+    def _restless(self) -> dict[str, str]:
+        """Name the programs that do not stay up."""
+        return {
+            name: f"{name} does not stay up ({state['last_end']}): see logs/{name}.log"
+            for name, state in self._programs.state().items()
+            if not state["running"] and int(str(state["ends"])) >= _RESTLESS_ENDS
+        }
 
 
 def find_proxy(proxy: Proxy) -> str:

@@ -108,3 +108,29 @@ def test_a_program_runs_as_its_account_without_root_or_its_groups(tmp_path: Path
         fields = {line.split(":")[0]: line.split(":")[1].split() for line in lines}
         assert fields["Uid"] == ["65534"] * 4 and fields["Gid"] == ["65534"] * 4
         assert fields["Groups"] == ["65533"] and fields["CapEff"] == ["0" * 16]
+
+
+def test_a_tethered_program_ends_with_its_parent_though_it_hides(tmp_path: Path) -> None:
+    """As nginx does, which wipes its environment so that no marker is left to find it by."""
+    script = Path(__file__).parents[2] / "deploy" / "tethered.py"
+    code = (
+        "import os, subprocess, sys, time\n"
+        f"p = subprocess.Popen([sys.executable, '-I', '-S', {str(script)!r}, str(os.getpid()), "
+        "'/usr/bin/env', '-i', '/bin/sleep', '1000'])\n"
+        "print(p.pid, flush=True); time.sleep(1000)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = Path("/proc") / parent.stdout.readline().decode().strip()
+    until(lambda: b"sleep" in (child / "cmdline").read_bytes())
+    parent.kill()
+    parent.communicate()
+    until(lambda: not child.exists() or " Z " in (child / "stat").read_text())
+
+
+def test_a_tether_to_somebody_else_is_refused(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "deploy" / "tethered.py"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", script, "1", "/bin/true"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "parent" in done.stderr
