@@ -274,3 +274,31 @@ def test_a_short_passphrase_is_refused(tmp_path: Path) -> None:
         read_passphrase(tmp_path / "p")
     (tmp_path / "p").write_bytes(PASSPHRASE + b"\n")
     assert read_passphrase(tmp_path / "p") == PASSPHRASE
+
+
+def test_a_whole_server_moves_with_its_authority_registry_and_studies(study: Path, tmp_path: Path) -> None:
+    from datetime import UTC, datetime
+
+    from server.consortium import create_server_home, open_server_home
+
+    server = tmp_path / "server"
+    home = create_server_home(
+        server,
+        consortium="lab",
+        address="localhost:8443",
+        now=datetime.now(UTC),
+        passphrase=b"of the authority",
+    )
+    shutil.copytree(study, home.studies / "chest")
+    (server / "state").mkdir()
+    (server / "state" / "superlink.db").write_bytes(b"made again by `up`")
+    backup(server, tmp_path / "b.fedrad")
+    restore_backup(tmp_path / "b.fedrad", tmp_path / "new", passphrase=PASSPHRASE)
+    moved = open_server_home(tmp_path / "new")
+    assert moved.message_key().public == home.message_key().public
+    assert (
+        moved.authority(passphrase=b"of the authority").pem
+        == home.authority(passphrase=b"of the authority").pem
+    )
+    assert read_view(moved.studies / "chest").rounds_done == 9
+    assert not (tmp_path / "new" / "state").exists()
