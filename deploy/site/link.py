@@ -11,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+from cryptography import x509
 
 from client.enrolment import (
     Enrolled,
@@ -34,7 +37,7 @@ from client.home import SiteHome, list_studies, receive_study
 from common.enrolment import Ask, SignedSiteRequest, format_site_request, parse_bundle
 from common.errors import FedRadError, SiteRevoked
 from common.files import write_atomic
-from deploy.local.certificates import write_loopback_tls
+from deploy.local.certificates import LoopbackTls, write_loopback_tls
 from deploy.site.gateway import DoorClosed, Gateway, Route, ServerRefused, ask_server
 
 log = logging.getLogger("fedrad.link")
@@ -45,6 +48,18 @@ _ASK_EVERY_S = 30.0
 _FIRST_PAUSE_S = 2.0
 _LAST_PAUSE_S = 60.0
 _STATUS_EVERY_S = 2.0
+_GATEWAY_LIFETIME = timedelta(days=3650)  # this machine's loopback only; its authority's key is never written
+_GATEWAY_SPARE = timedelta(days=365)
+
+
+def gateway_tls(directory: Path, *, now: datetime) -> LoopbackTls:
+    """Return the gateway's loopback certificate; the one of before where it lasts, as the relay knows it."""
+    known = LoopbackTls(directory / "ca.crt", directory / "server.pem", directory / "server.key")
+    if all(path.is_file() for path in (known.authority, known.certificate, known.key)):
+        certificate = x509.load_pem_x509_certificate(known.certificate.read_bytes())
+        if certificate.not_valid_before_utc < now < certificate.not_valid_after_utc - _GATEWAY_SPARE:
+            return known
+    return write_loopback_tls(directory, now=now, lifetime=_GATEWAY_LIFETIME)
 
 
 class SiteLink:
@@ -60,7 +75,7 @@ class SiteLink:
         host: str = "127.0.0.1",
     ) -> None:
         self._home, self._proxy, self._clock = home, proxy, clock
-        tls = write_loopback_tls(home.directory / "run" / "gateway", now=clock())
+        tls = gateway_tls(home.directory / "run" / "gateway", now=clock())
         self.authority = tls.authority
         self.gateway = Gateway(self.route, tls=tls, port=port, host=host)
         self._status: dict[str, Any] = {"connected": False, "error": "", "clock_ahead_s": None}
@@ -174,6 +189,7 @@ class SiteLink:
                 self._status["certificate_until"] = read_enrolled(self._home).not_after.isoformat()
         value = {
             **self._status,
+            "pid": os.getpid(),
             "gateway_port": self.gateway.port,
             "connections": self.gateway.open,
             "gateway_error": self.gateway.last_error,

@@ -41,9 +41,10 @@ def read_status(home: SiteHome, *, now: float) -> dict[str, Any]:
         }
     except FedRadError:
         pass
-    running = up is not None and up_age < _STALE_S and _alive(int(up.get("pid", 0)))
-    programs = up["programs"] if running and up is not None else {}
-    linked = running and link is not None and link_age < _STALE_S
+    supervised = up is not None and up_age < _STALE_S and _alive(int(up.get("pid", 0)))
+    programs = up["programs"] if supervised and up is not None else {}
+    linked = link is not None and link_age < _STALE_S and (supervised or _alive(int(link.get("pid", 0))))
+    running = supervised or linked  # linked alone: agent, link and relay as services of their own
     return {
         "site": home.site,
         "enrolled": enrolled,
