@@ -1,9 +1,9 @@
 """Where on the image each written token rests: gradient-weighted attention to the image tokens.
 
 One teacher-forced pass over the finished draft, forward and backward: for every attention head of the later
-half of the layers, the attention that the row which predicts a token pays to an image token, times the
-gradient of the token's log-odds by it, where that product is positive (after Chefer et al., ICCV 2021).
-Log-odds do not flatten where the model is sure, as log-probabilities do.
+half of the layers (at most the last eight), the attention that the row which predicts a token pays to an
+image token, times the gradient of the token's log-odds by it, where that product is positive (after Chefer
+et al., ICCV 2021). Log-odds do not flatten where the model is sure, as log-probabilities do.
 
 Guarantees: values are finite and not negative; the model is left as it was. Measured against raw attention
 and occlusion on images whose findings' places are known: docs/radiologist-page.md. It shows what moved the
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from common.model.images import ImageProcessor
 
 Map = NDArray[np.float32]
+MOST_LAYERS = 8
 
 
 def image_attention(
@@ -36,9 +37,9 @@ def image_attention(
     """Attribute each written token to the image tokens: float32 [len(written), N].
 
     `input_ids` is the whole prompt with its N image placeholders; `features` [1, N, D] are the vision
-    tower's. Costs one forward and one backward pass and holds all attention weights of one sequence in
-    memory (layers x heads x length squared). Raises GroundingUnavailable for a model whose attention cannot
-    be read, FeatureMismatch for features of another image.
+    tower's, made outside inference mode. Costs one forward pass, and a backward pass through the layers that
+    are read, whose attention weights it holds in memory (layers x heads x length squared). Raises
+    GroundingUnavailable for a model whose attention cannot be read, FeatureMismatch for another image.
     """
     import torch
 
@@ -52,18 +53,21 @@ def image_attention(
     ids = torch.tensor([[*input_ids, *written]], dtype=torch.long, device=device)
     places = (ids[0] == llava.config.image_token_id).nonzero()[:, 0]
     rows = torch.arange(len(input_ids) - 1, ids.shape[1] - 1, device=device)
-    with torch.enable_grad(), _eager(llava.model.language_model):
-        inputs = embed(model, input_ids=ids, features=features).detach().requires_grad_(True)
-        out = llava.model.language_model(
+    language_model = llava.model.language_model
+    count = len(language_model.layers)
+    first = max(count // 2, count - MOST_LAYERS)
+    with torch.no_grad():
+        inputs = embed(model, input_ids=ids, features=features)
+    with _eager(language_model), _gradients_from(language_model, first):
+        out = language_model(
             inputs_embeds=inputs,
             attention_mask=torch.ones_like(ids),
             use_cache=False,
             output_attentions=True,
         )
-        attentions = [one for one in out.attentions or () if one is not None]
-        if not attentions:
+        later = list(out.attentions or ())[first:]
+        if not later or any(one is None for one in later):
             raise GroundingUnavailable("expected attention weights from the language model, got none")
-        later = attentions[len(attentions) // 2 :]
         logits = llava.lm_head(out.last_hidden_state[0, rows]).float()
         chosen = torch.tensor([list(written)], device=device).T
         others = logits.scatter(-1, chosen, -torch.inf).logsumexp(-1)
@@ -115,6 +119,23 @@ def picture_box(processor: ImageProcessor, *, width: int, height: int) -> tuple[
     crop_tall, crop_wide = processor.crop
     left, top = (wide - crop_wide) // 2, (tall - crop_tall) // 2
     return left / wide, top / tall, (left + crop_wide) / wide, (top + crop_tall) / tall
+
+
+@contextmanager
+def _gradients_from(language_model: Any, first: int) -> Iterator[None]:
+    """Record gradients from layer `first` on only: what is before it is a constant, and costs no memory."""
+    import torch
+
+    def begin(layer: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        torch.set_grad_enabled(True)
+        return (given[0].detach().requires_grad_(True), *given[1:])
+
+    hook = language_model.layers[first].register_forward_pre_hook(begin)
+    try:
+        with torch.set_grad_enabled(False):
+            yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from client.serving.grounding import grid_side, image_attention, picture_box, span_map
 from common.errors import FeatureMismatch, GroundingUnavailable
 from common.model.images import ImageProcessor
-from common.model.llava import llava_of, vision_features
+from common.model.llava import embed, llava_of, vision_features
 from common.model.loading import load_base
 from common.model.tiny import IMAGE, IMAGE_TOKENS, tiny_base_directory
 from tests.client.serving.phantom_places import Case, cases, load_release, summarise
@@ -44,6 +45,46 @@ def test_a_token_does_not_depend_on_later_ones_in_a_two_layer_model(loaded: tupl
     long = image_attention(model, input_ids=prompt, features=features, written=[30, 31, 32, 33])
     short = image_attention(model, input_ids=prompt, features=features, written=[30, 31])
     np.testing.assert_allclose(long[:2], short, rtol=1e-4, atol=1e-7)
+
+
+def deep_model(layers: int) -> LlavaForConditionalGeneration:
+    """The tiny architecture with more layers and shared key heads, random weights."""
+    torch.manual_seed(3)
+    shape = LlavaConfig.from_pretrained(tiny_base_directory())
+    shape.text_config.num_hidden_layers, shape.text_config.num_key_value_heads = layers, 2
+    return LlavaForConditionalGeneration(shape).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("layers", "first"), [(1, 0), (3, 1), (18, 10)])
+def test_reading_late_layers_alone_gives_what_the_whole_graph_gives(layers: int, first: int) -> None:
+    model = deep_model(layers)
+    prompt, written, features = [1, *[IMAGE] * IMAGE_TOKENS, 20], [30, 31, 32], features_of(model)
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[*prompt, *written]])
+    inputs = embed(model, input_ids=ids, features=features).requires_grad_(True)
+    out = model.model.language_model(inputs_embeds=inputs, output_attentions=True, use_cache=False)
+    logits = model.lm_head(out.last_hidden_state)[0, len(prompt) - 1 : -1]
+    chances = logits.softmax(-1)[range(3), written]
+    later = out.attentions[first:]
+    gradients = torch.autograd.grad((chances / (1 - chances)).log().sum(), later)
+    expected = sum(
+        (a[0] * g[0]).clamp(min=0).sum(0)[len(prompt) - 1 : -1, 1 : 1 + IMAGE_TOKENS]
+        for a, g in zip(later, gradients, strict=True)
+    )
+    model.set_attn_implementation("sdpa")
+    got = image_attention(model, input_ids=prompt, features=features, written=written)
+    np.testing.assert_allclose(got, expected.detach().numpy(), rtol=1e-3, atol=1e-8)  # type: ignore[union-attr]
+    assert torch.is_grad_enabled() and not model.model.language_model.layers[first]._forward_pre_hooks
+
+
+def test_half_precision_gives_the_same_regions(loaded: tuple[object, object]) -> None:
+    half, _ = load_base(tiny_base_directory(), dtype="float16")
+    prompt = [1, *[IMAGE] * IMAGE_TOKENS, 20, 21]
+    one, other = (
+        image_attention(model, input_ids=prompt, features=features_of(model).float(), written=[30, 31, 40])
+        for model in (loaded[0], half)
+    )
+    np.testing.assert_allclose(one, other, rtol=0.05, atol=0.01 * one.max())
 
 
 def test_nothing_written_is_an_empty_map(loaded: tuple[object, object]) -> None:
