@@ -14,9 +14,9 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from client import policy
 from client.budget import Budget, BudgetLimits
@@ -30,6 +30,7 @@ from client.statements import statements
 from client.training import TrainingData, prepare_training
 from client.witness import SiteWitness
 from common.config import Mode, Study
+from common.deflate import inflate
 from common.errors import (
     AdapterInvalid,
     BaseHashMismatch,
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedrad.agent")
 MAX_RECORDS = 100_000
+_MAX_SHOWN_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -267,18 +269,17 @@ class SiteAgent:
         """Check everything, charge the budget, then draw patients and return their protected sum."""
         meta, (opening, shown, blob) = unpack_body(
             message.body,
-            fields={"adapter_sha256": str, "cohort": list, "deadline_unix_s": float, "records": list},
+            fields={"adapter_sha256": str, "cohort": list, "deadline_unix_s": float},
             parts=3,
         )
         study, state, header = running.study, running.state, message.header
+        records, ledger = _shown(shown, parts=3 if study.masked else 1)
         seen = state.seen()
         policy.verify_turn(study, header, seen, last_attempt=state.last_attempt(header.round))
         policy.verify_deadline(meta["deadline_unix_s"], now_unix_s=self._clock())
         policy.verify_cohort(study, meta["cohort"], site=self.home.site)
         vector = policy.verify_adapter(study, blob, adapter_sha256=meta["adapter_sha256"])
-        newest = policy.verify_history(
-            study, header, _records(meta["records"]), seen, adapter_sha256=meta["adapter_sha256"]
-        )
+        newest = policy.verify_history(study, header, records, seen, adapter_sha256=meta["adapter_sha256"])
         policy.verify_step(study, vector, round=header.round, kept=state.kept_adapter())
         if study.masked:
             machine = running.masked.machine(header.round, header.attempt)
@@ -286,9 +287,9 @@ class SiteAgent:
             policy.verify_roster(meta["cohort"], parsed.roster)
             machine.open(parsed, adapter=meta["adapter_sha256"])
             running.masked.store(header.round, header.attempt)
-            cosignature = self._cosign(running, shown, newest)
+            cosignature = self._cosign(running, ledger, newest)
         else:
-            running.witness.verify_quorum(bytes(shown))
+            running.witness.verify_quorum(ledger[0])
             cosignature = b""
         state.see(newest)
         running.masked.forget_before(newest.round)
@@ -313,11 +314,10 @@ class SiteAgent:
         about = {"adapter_sha256": meta["adapter_sha256"], "form": form}
         return pack_body(about, upload, keys, cosignature, statement, commitment_key, sent)
 
-    def _cosign(self, running: _Running, offer: memoryview, newest: Seen) -> bytes:
+    def _cosign(self, running: _Running, offer: list[bytes], newest: Seen) -> bytes:
         """Check the ledger's newest checkpoint and entry against this site's history, then cosign."""
-        _, (request, entry, proof) = unpack_body(bytes(offer), fields={}, parts=3)
         record = newest.record_sha256 if newest.round >= 0 else ""
-        return running.witness.cosign(bytes(request), bytes(entry), bytes(proof), record_sha256=record)
+        return running.witness.cosign(*offer, record_sha256=record)
 
     def _state(
         self, running: _Running, header: Header, adapter_sha256: str, seed: bytes, sent: bytes | memoryview
@@ -341,7 +341,7 @@ class SiteAgent:
         header = message.header
         policy.verify_turn(running.study, header, running.state.seen(), last_attempt=0)
         policy.verify_previous(header, running.state.seen())
-        running.witness.verify_quorum(bytes(witnessed))
+        running.witness.verify_quorum(inflate(witnessed, max_bytes=_MAX_SHOWN_BYTES))
         machine = running.masked.machine(header.round, header.attempt)
         reveal = machine.reveal(parse_survivor_set(bytes(survivors)))
         running.state.begin(header, message.sha256, self._random(32))
@@ -353,9 +353,10 @@ class SiteAgent:
 
     def _witness(self, message: Message, running: _Running) -> bytes:
         """Verify the newest records and cosign the ledger over them; after the last, give back the budget."""
-        meta, (offer,) = unpack_body(message.body, fields={"records": list}, parts=1)
+        _, (shown,) = unpack_body(message.body, fields={}, parts=1)
         study, state = running.study, running.state
-        newest = policy.extend_history(study, _records(meta["records"]), state.seen())
+        records, offer = _shown(shown, parts=3)
+        newest = policy.extend_history(study, records, state.seen())
         cosignature = self._cosign(running, offer, newest)
         state.see(newest)
         if newest.round == study.rounds - 1:
@@ -467,10 +468,13 @@ def _untold(done: int, total: int) -> None:
     """Nobody is told how many patients are done."""
 
 
-def _records(values: Sequence[Any]) -> list[SignedRecord]:
-    if len(values) > MAX_RECORDS:
-        raise EnvelopeMalformed(f"records: expected at most {MAX_RECORDS}, got {len(values)}")
-    return [signed_from_json(value) for value in values]
+def _shown(packed: memoryview, *, parts: int) -> tuple[list[SignedRecord], list[bytes]]:
+    """Unpack the records and the parts of the ledger that a request shows; nothing is verified yet."""
+    body = inflate(packed, max_bytes=_MAX_SHOWN_BYTES)
+    meta, ledger = unpack_body(body, fields={"records": list}, parts=parts)
+    if len(meta["records"]) > MAX_RECORDS:
+        raise EnvelopeMalformed(f"records: expected at most {MAX_RECORDS}, got {len(meta['records'])}")
+    return [signed_from_json(value) for value in meta["records"]], [bytes(part) for part in ledger]
 
 
 def _max_request_bytes(study: Study) -> int:

@@ -16,7 +16,7 @@ from common.errors import LedgerInvalid
 from common.identity import SigningKey
 from common.ledger.checkpoint import parse_checkpoint, parse_ledger_proof
 from common.ledger.entries import Entry, RoundRecord, StudyOpened
-from common.ledger.note import format_signature_line, parse_note
+from common.ledger.note import format_signature_line, parse_lines
 from common.ledger.release_proof import LedgerTrust, trust_of
 from common.ledger.witness import WitnessState, parse_cosign_request, verify_logged
 
@@ -66,11 +66,11 @@ class SiteWitness:
         if record_sha256 and (not isinstance(body, RoundRecord) or body.record != record_sha256):
             raise LedgerInvalid(f"ledger: expected the entry of record {record_sha256[:16]}…, got another")
 
-    def verify_quorum(self, note: bytes) -> None:
-        """Raise unless the head this site has just cosigned carries the manifest's quorum.
+    def verify_quorum(self, lines: bytes) -> None:
+        """Raise unless these cosignature lines are the manifest's quorum over the head last cosigned here.
 
-        Raises WitnessBehind, QuorumNotReached or NoteSignatureInvalid.
+        Raises WitnessBehind, QuorumNotReached, NoteInvalid or NoteSignatureInvalid.
         """
         self._state.verify_witnessed(
-            parse_note(note), witnesses=self._trust.witnesses, quorum=self._trust.quorum
+            parse_lines(lines), witnesses=self._trust.witnesses, quorum=self._trust.quorum
         )

@@ -275,7 +275,7 @@ class EngineFailed(FedRadError):
 
 
 class EngineBusy(EngineFailed):
-    """Another run uses this process or this engine directory."""
+    """Another run uses this process or directory, or more wait for the engine than it takes."""
 
 
 class UnknownNode(EngineFailed):
@@ -570,14 +570,6 @@ class EngineWorkerDied(FedRadError):
 
 class EngineStopped(FedRadError):
     """The engine is stopping or could not be started; ask again later."""
-
-
-class EngineBusy(FedRadError):
-    """More questions are waiting than the engine takes; ask again later."""
-
-
-class EngineFailed(FedRadError):
-    """The engine met an error inside a question; the message names it without the question's words."""
 
 
 class GroundingUnavailable(FedRadError):

@@ -59,7 +59,7 @@ class Pending:
     """The attempt in progress: all that its requests hold beyond the state, so they can be made again.
 
     `histories` maps a site to the last round whose record it has verified and `sizes` to the size of the log
-    it has seen, as known when the attempt began; `witnessed` is the checkpoint shown once a quorum cosigned.
+    it has seen, as known when the attempt began; `witnessed` holds the cosignatures shown, once a quorum's.
     """
 
     round: int

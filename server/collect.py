@@ -20,6 +20,7 @@ import numpy as np
 
 from common.canonical import sha256_hex
 from common.config import Mode, Study
+from common.deflate import deflate
 from common.errors import FedRadError
 from common.files import write_atomic
 from common.identity import SigningKey
@@ -45,7 +46,7 @@ from server.cohort import Cohort
 from server.round import (
     Contribution,
     contribute_body,
-    pack_offer,
+    pack_shown,
     parse_contribution,
     parse_witnessed,
     stage_request,
@@ -86,11 +87,14 @@ class Attempt:
 
     def contribute(self, site: str, *, cohort: Sequence[str], opening: bytes = b"") -> bytes:
         """Sign a site's contribute request with the records that it has not seen."""
-        body = contribute_body(
-            self.state, self.pending, self.unseen(site), cohort=cohort, opening=opening,
-            shown=pack_offer(self.log.offer(self.pending.sizes[site])) if self.study.masked
-            else self.pending.witnessed.encode(),
-        )  # fmt: skip
+        ledger: tuple[bytes, ...]
+        if self.study.masked:
+            offer = self.log.offer(self.pending.sizes[site])
+            ledger = (offer.request, offer.entry, offer.proof)
+        else:
+            ledger = (self.pending.witnessed.encode(),)
+        shown = pack_shown(self.unseen(site), *ledger)
+        body = contribute_body(self.state, self.pending, cohort=cohort, opening=opening, shown=shown)
         return self.request(Stage.CONTRIBUTE, site, body)
 
     def unseen(self, site: str) -> list[SignedRecord]:
@@ -285,7 +289,7 @@ def collect_masked(attempt: Attempt, book: MaskingBook, missing: dict[str, str])
 
 
 def _witnessed(attempt: Attempt) -> bytes:
-    """Return the checkpoint with its quorum as first shown in this attempt; raises QuorumNotReached."""
+    """Return the quorum's cosignatures as first shown in this attempt; raises QuorumNotReached."""
     if not attempt.pending.witnessed:
         note = attempt.log.witnessed().decode()
         attempt.opened.save_pending(replace(attempt.pending, witnessed=note))
@@ -368,7 +372,7 @@ def _take_reveals(
     key_set: KeySet | None,
     missing: dict[str, str],
 ) -> None:
-    """Exchange 2: survivor set, witnessed checkpoint, next key set out; reveals and shares in."""
+    """Exchange 2: survivor set, cosignatures, next key set out; reveals and shares in."""
     encoded = b"" if key_set is None else format_key_set(key_set)
     members = () if key_set is None else key_set.sites
 
@@ -385,7 +389,9 @@ def _take_reveals(
     requests = {}
     for site in machine.added:
         own = encoded if site in members else b""
-        requests[site] = attempt.request(Stage.UNMASK, site, pack_body({}, survivor_set, own, witnessed))
+        requests[site] = attempt.request(
+            Stage.UNMASK, site, pack_body({}, survivor_set, own, deflate(witnessed))
+        )
     for site in members:
         if site not in requests:
             body = pack_body({}, encoded)

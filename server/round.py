@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from common.canonical import sha256_hex
 from common.config import Study
+from common.deflate import deflate
 from common.errors import AdapterInvalid, EntryInvalid, EnvelopeMalformed
 from common.identity import SigningKey
 from common.ledger.entries import Outcome, Participation
@@ -70,21 +71,16 @@ def stage_request(
 def contribute_body(
     state: StudyState,
     pending: Pending,
-    records: Sequence[SignedRecord],
     *,
     cohort: Sequence[str],
     opening: bytes,
     shown: bytes,
 ) -> bytes:
-    """Make the body of a contribute request: global adapter, cohort, deadline, the site's missing history.
-
-    `shown` is what the site must see of the ledger: an offer to cosign (masked), else a witnessed checkpoint.
-    """
+    """Make the body of a contribute request: global adapter, cohort, deadline, and what `shown` packs."""
     meta = {
         "adapter_sha256": vector_sha256(state.adapter),
         "cohort": list(cohort),
         "deadline_unix_s": pending.deadline_unix_s,
-        "records": [signed_to_json(signed) for signed in records],
     }
     return pack_body(meta, opening, shown, vector_to_bytes(state.adapter))
 
@@ -105,16 +101,19 @@ def witness_request(
     offer: WitnessOffer,
 ) -> bytes:
     """Show a site the records it has not seen and ask it to cosign the checkpoint that covers them."""
-    body = pack_body({"records": [signed_to_json(signed) for signed in records]}, pack_offer(offer))
+    body = pack_body({}, pack_shown(records, offer.request, offer.entry, offer.proof))
     return stage_request(
         key, study, Stage.WITNESS, site, body, round=min(state.round + 1, study.rounds), attempt=0,
         previous=state.record_sha256, nonce=secrets.token_hex(16),
     )  # fmt: skip
 
 
-def pack_offer(offer: WitnessOffer) -> bytes:
-    """Join a cosign request, the entry shown with it and the entry's proof."""
-    return pack_body({}, offer.request, offer.entry, offer.proof)
+def pack_shown(records: Sequence[SignedRecord], *ledger: bytes) -> bytes:
+    """Pack what a site must see before it answers: the records it has not verified, and of the ledger.
+
+    ledger: an offer to cosign (request, entry, proof), or a quorum's cosignatures of what was cosigned.
+    """
+    return deflate(pack_body({"records": [signed_to_json(signed) for signed in records]}, *ledger))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from common.ledger.entries import (
     parse_entry,
     signed_bytes,
 )
-from common.ledger.note import Note, VerifierKey, format_note, parse_signature_line
+from common.ledger.note import Note, VerifierKey, format_lines, parse_signature_line
 from common.ledger.statements import sign_entry, verify_contribution, verify_signed_by
 from common.ledger.witness import format_cosign_request
 from server.log import Log
@@ -237,10 +237,13 @@ class StudyLog:
         self._seen_sizes[site] = self._book.size
 
     def witnessed(self) -> bytes:
-        """Return the latest checkpoint once a quorum has cosigned it; raises QuorumNotReached."""
+        """Return the cosignature lines of the latest checkpoint once they are a quorum's.
+
+        Raises QuorumNotReached.
+        """
         note = self._book.checkpoint()
         verify_quorum(note, self.witnesses, quorum=self._study.cohort.witness_quorum)
-        return format_note(note)
+        return format_lines(note.signatures[1:])
 
     def proof(self, leaf: bytes) -> bytes:
         """Return the offline proof of an entry under the latest checkpoint; raises LedgerInvalid."""

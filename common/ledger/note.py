@@ -14,7 +14,7 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -123,6 +123,16 @@ def format_signature_line(signature: Signature) -> bytes:
     """Encode one signature line with its newline."""
     blob = base64.b64encode(signature.key_id + signature.value).decode()
     return f"— {signature.name} {blob}\n".encode()
+
+
+def format_lines(signatures: Sequence[Signature]) -> bytes:
+    """Encode signature lines without their note, for who holds its text already."""
+    return b"".join(format_signature_line(signature) for signature in signatures)
+
+
+def parse_lines(data: bytes) -> tuple[Signature, ...]:
+    """Parse signature lines without their note; raises NoteInvalid."""
+    return parse_note(b"line\n\n" + data).signatures
 
 
 def parse_verifier_key(text: str) -> VerifierKey:

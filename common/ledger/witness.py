@@ -124,16 +124,17 @@ class WitnessState:
         self._advance(request)
         return cosign(request.note, name=name, private_key=private_key, time_s=time_s)
 
-    def verify_witnessed(self, note: Note, *, witnesses: Collection[VerifierKey], quorum: int) -> None:
-        """Raise unless `note` is the head this site has just cosigned and a quorum has cosigned it too.
+    def verify_witnessed(
+        self, signatures: Sequence[Signature], *, witnesses: Collection[VerifierKey], quorum: int
+    ) -> None:
+        """Raise unless a quorum has cosigned the head that this site has just cosigned itself.
 
-        Raises WitnessBehind for another head, QuorumNotReached or NoteSignatureInvalid. For the second
-        exchange of a round: what was sent in the first stays masked until this holds.
+        Raises WitnessBehind where it has seen none, QuorumNotReached, or NoteSignatureInvalid for a line that
+        is of another head. For the second exchange of a round: what was sent stays masked until this holds.
         """
-        head = open_checkpoint(note, self._log)
-        if head != self._seen:
-            seen = self._seen.size if self._seen else 0
-            raise WitnessBehind(f"expected the head of size {seen}, got another of size {head.size}")
+        if self._note is None:
+            raise WitnessBehind("expected a head that this site has cosigned, got cosignatures of none")
+        note = Note(self._note.text, (*self._note.signatures[:1], *signatures))
         verify_quorum(note, witnesses, quorum=quorum)
 
     def accept(

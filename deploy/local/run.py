@@ -233,8 +233,8 @@ def _result(
         "metrics": metrics,
         "privacy": privacy_claim(consortium),
         "traffic": {
-            "bytes_up_per_site_round": _per_message(traffic, "up"),
-            "bytes_down_per_site_round": _per_message(traffic, "down"),
+            "bytes_up_per_site_round": _per_message(study, traffic, "up"),
+            "bytes_down_per_site_round": _per_message(study, traffic, "down"),
             "adapter_bytes": 4 * vector_size(study.adapter.tensors),
         },
         "ledger": {"size": 0, "root": "", "verified": False},
@@ -277,8 +277,10 @@ def privacy_claim(consortium: LocalConsortium) -> dict[str, Any]:
     return claim
 
 
-def _per_message(traffic: dict[str, Any], direction: str) -> float:
-    names = [name for name in traffic["bytes"] if name.endswith(direction) and not name.startswith("hello")]
+def _per_message(study: Study, traffic: dict[str, Any], direction: str) -> float:
+    """Bytes of one site and round, without those of the exchanges before the first and after the last."""
+    outside = ("hello", "witness") if study.masked else ("hello",)
+    names = [n for n in traffic["bytes"] if n.endswith(direction) and not n.startswith(outside)]
     total: int = sum(int(traffic["bytes"][name]) for name in names)
     exchanges = int(traffic["messages"].get(f"contribute-{direction}", 0))
     return round(total / max(1, exchanges), 1)
@@ -296,7 +298,7 @@ def _release(consortium: LocalConsortium, vector: Vector, result: dict[str, Any]
 
 
 def _witness_release(consortium: LocalConsortium, result: dict[str, Any]) -> dict[str, Any]:
-    """Log the release, let the sites witness it, prove it, and audit the whole run; returns the ledger's state.
+    """Log the release, have the sites witness it, prove it, audit the whole run; returns the ledger's state.
 
     Raises QuorumNotReached or ReleaseUnproven.
     """

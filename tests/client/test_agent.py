@@ -23,6 +23,7 @@ from client.home import create_home, open_home, refuse_study
 from client.models import ModelPool
 from common.canonical import canonical_json
 from common.config import format_study
+from common.deflate import deflate, inflate
 from common.errors import (
     BodyTooLarge,
     EnvelopeMalformed,
@@ -35,9 +36,9 @@ from common.errors import (
     WrongStage,
 )
 from common.identity import Purpose, SigningKey, load_key
-from common.model.lora import vector_sha256, vector_to_bytes
-from common.ledger.note import Note, format_note, parse_note
+from common.ledger.note import format_lines, parse_lines
 from common.ledger.statements import commit, parse_participation
+from common.model.lora import vector_sha256, vector_to_bytes
 from common.protocol import Kind, Stage, pack_body, unpack_body
 from common.records import sign_record, signed_from_json, signed_to_json
 from common.secagg.context import context_digest, keys_message, receipt_message, setup_digest
@@ -67,7 +68,7 @@ from tests.simulator import (
 )
 
 SITE = "alpha"
-META = {"adapter_sha256": str, "cohort": list, "deadline_unix_s": float, "records": list}
+META = {"adapter_sha256": str, "cohort": list, "deadline_unix_s": float}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,9 @@ def contribute(
 ) -> bytes:
     """The recorded contribute request with other parts or fields in its body, signed by the operator."""
     fields, *parts = parts_of(tape, round)
+    if "records" in meta:
+        _, *ledger = shown_of(tape, round)
+        shown = deflate(pack_body({"records": meta.pop("records")}, *ledger))
     changed = [new or old for new, old in zip((opening, shown, blob), parts, strict=True)]
     body = pack_body({**fields, **meta}, *changed)
     return tape.forge(Stage.CONTRIBUTE, round, body=body)
@@ -116,6 +120,14 @@ def parts_of(tape: Tape, round: int) -> tuple[dict[str, Any], bytes, bytes, byte
     body = split_message(tape.requests[(Stage.CONTRIBUTE, round)])[2]
     fields, (opening, shown, blob) = unpack_body(body, fields=META, parts=3)
     return fields, bytes(opening), bytes(shown), bytes(blob)
+
+
+def shown_of(tape: Tape, round: int) -> list[Any]:
+    """Records (as JSON) and parts of the ledger that a recorded contribute request shows."""
+    body = inflate(parts_of(tape, round)[2], max_bytes=1 << 20)
+    count = 3 if tape.world.study.masked else 1
+    meta, ledger = unpack_body(body, fields={"records": list}, parts=count)
+    return [meta["records"], *(bytes(part) for part in ledger)]
 
 
 def body_of(reply: bytes) -> bytes:
@@ -288,9 +300,7 @@ def test_an_adapter_that_the_history_does_not_lead_to_is_refused(
 ) -> None:
     *_, blob = parts_of(plain, round)
     other = np.frombuffer(blob, "<f4") + np.float32(1)
-    request = contribute(
-        plain, round, blob=vector_to_bytes(other), adapter_sha256=vector_sha256(other)
-    )
+    request = contribute(plain, round, blob=vector_to_bytes(other), adapter_sha256=vector_sha256(other))
     reply = before(plain, Stage.CONTRIBUTE, round).handle(Stage.CONTRIBUTE, request)
     assert refusal_of(reply) == "AdapterInvalid"
 
@@ -312,9 +322,7 @@ def test_an_adapter_with_a_value_that_is_no_number_is_refused(
     *_, blob = parts_of(plain, 0)
     other = np.frombuffer(blob, "<f4").copy()
     other[7] = value
-    request = contribute(
-        plain, 0, blob=vector_to_bytes(other), adapter_sha256=vector_sha256(other)
-    )
+    request = contribute(plain, 0, blob=vector_to_bytes(other), adapter_sha256=vector_sha256(other))
     assert (
         refusal_of(before(plain, Stage.CONTRIBUTE, 0).handle(Stage.CONTRIBUTE, request)) == "AdapterInvalid"
     )
@@ -406,7 +414,7 @@ def test_a_round_that_builds_on_another_record_than_the_last_is_refused(plain: T
 
 
 def first_record(tape: Tape) -> Any:
-    return signed_from_json(parts_of(tape, 1)[0]["records"][0])
+    return signed_from_json(shown_of(tape, 1)[0][0])
 
 
 def test_a_forged_record_is_refused(plain: Tape, before: Before) -> None:
@@ -420,7 +428,7 @@ def test_a_forked_history_is_refused_although_the_operator_signed_it(plain: Tape
     """The site has verified round 0; the server now shows a round 1 that builds on another round 0."""
     agent = before(plain, Stage.WITNESS, 2)
     other = replace(first_record(plain).record, adapter_out="ef" * 32)
-    second = signed_from_json(parts_of(plain, 2)[0]["records"][0]).record
+    second = signed_from_json(shown_of(plain, 2)[0][0]).record
     fork = sign_record(plain.world.operator, replace(second, previous=other.sha256))
     request = contribute(plain, 2, records=[signed_to_json(fork)])
     assert refusal_of(agent.handle(Stage.CONTRIBUTE, request)) == "PreviousStateMismatch"
@@ -460,7 +468,7 @@ def test_a_stage_of_another_mode_is_refused(plain: Tape, before: Before, stage: 
     assert refusal_of(agent.handle(stage, request)) == "WrongStage"
 
 
-@pytest.mark.parametrize("field", ["adapter_sha256", "cohort", "deadline_unix_s", "records"])
+@pytest.mark.parametrize("field", ["adapter_sha256", "cohort", "deadline_unix_s"])
 def test_a_body_without_a_field_or_with_one_too_many_is_refused(
     plain: Tape, before: Before, field: str
 ) -> None:
@@ -474,16 +482,15 @@ def test_a_body_without_a_field_or_with_one_too_many_is_refused(
 # --- the ledger ---------------------------------------------------------------------------------------------
 
 
-def offered(tape: Tape, round: int) -> list[bytes]:
-    """Cosign request, entry and proof that a recorded contribute request shows."""
-    _, parts = unpack_body(parts_of(tape, round)[2], fields={}, parts=3)
-    return [bytes(part) for part in parts]
+def showing(tape: Tape, round: int, *ledger: bytes) -> bytes:
+    """What a recorded contribute request shows, with other parts of the ledger."""
+    return deflate(pack_body({"records": shown_of(tape, round)[0]}, *ledger))
 
 
 def test_a_round_without_a_checkpoint_is_refused_before_a_charge(masked: Tape, before: Before) -> None:
     agent = before(masked, Stage.CONTRIBUTE, 0)
-    _, entry, proof = offered(masked, 0)
-    reply = agent.handle(Stage.CONTRIBUTE, contribute(masked, 0, shown=pack_body({}, b"", entry, proof)))
+    _, _, entry, proof = shown_of(masked, 0)
+    reply = agent.handle(Stage.CONTRIBUTE, contribute(masked, 0, shown=showing(masked, 0, b"", entry, proof)))
     assert refusal_of(reply) == "NoteInvalid"
     assert charges(agent) == 0
 
@@ -491,34 +498,32 @@ def test_a_round_without_a_checkpoint_is_refused_before_a_charge(masked: Tape, b
 def test_a_record_that_is_not_in_the_witnessed_log_is_refused(masked: Tape, before: Before) -> None:
     """The operator shows this site the log as it was before the round that the adapter comes from."""
     agent = before(masked, Stage.CONTRIBUTE, 1)
-    request, _, _ = offered(masked, 1)
-    _, opening, proof = offered(masked, 0)
-    reply = agent.handle(Stage.CONTRIBUTE, contribute(masked, 1, shown=pack_body({}, request, opening, proof)))
+    _, request, _, _ = shown_of(masked, 1)
+    *_, opening, proof = shown_of(masked, 0)
+    shown = showing(masked, 1, request, opening, proof)
+    reply = agent.handle(Stage.CONTRIBUTE, contribute(masked, 1, shown=shown))
     assert refusal_of(reply) in ("InclusionInvalid", "LedgerInvalid")
     assert charges(agent) == 1
 
 
 def test_a_shrunk_log_is_refused_and_named(masked: Tape, before: Before) -> None:
     agent = before(masked, Stage.WITNESS, 2)
-    meta = {"records": []}
-    request = masked.forge(Stage.WITNESS, 2, body=pack_body(meta, parts_of(masked, 0)[2]))
+    request = masked.forge(Stage.WITNESS, 2, body=pack_body({}, parts_of(masked, 0)[2]))
     assert refusal_of(agent.handle(Stage.WITNESS, request)) == "LogShrunk"
     assert list((agent.home.directory / "witness").glob("*.fork"))
 
 
 def test_nothing_is_revealed_without_the_quorum(masked: Tape, before: Before) -> None:
     survivors, key_set, witnessed = unmask_parts(masked)
-    note = parse_note(witnessed)
-    bare = format_note(Note(note.text, note.signatures[:2]))  # the operator's line and one witness
-    request = masked.forge(Stage.UNMASK, 0, body=pack_body({}, survivors, key_set, bare))
+    bare = format_lines(parse_lines(inflate(witnessed, max_bytes=1 << 20))[:1])  # one witness
+    request = masked.forge(Stage.UNMASK, 0, body=pack_body({}, survivors, key_set, deflate(bare)))
     reply = before(masked, Stage.UNMASK, 0).handle(Stage.UNMASK, request)
     assert refusal_of(reply) == "QuorumNotReached"
 
 
 def test_an_unmasked_round_without_the_quorum_is_refused(plain: Tape, before: Before) -> None:
-    note = parse_note(parts_of(plain, 0)[2])
-    bare = format_note(Note(note.text, note.signatures[:2]))
-    reply = before(plain, Stage.CONTRIBUTE, 0).handle(Stage.CONTRIBUTE, contribute(plain, 0, shown=bare))
+    shown = showing(plain, 0, format_lines(parse_lines(shown_of(plain, 0)[1])[:1]))
+    reply = before(plain, Stage.CONTRIBUTE, 0).handle(Stage.CONTRIBUTE, contribute(plain, 0, shown=shown))
     assert refusal_of(reply) == "QuorumNotReached"
 
 
@@ -671,9 +676,7 @@ def test_a_round_replayed_with_another_adapter_is_refused(masked: Tape, before: 
     agent = before(masked, Stage.UNMASK, 0)
     *_, blob = parts_of(masked, 0)
     other = np.frombuffer(blob, "<f4") + np.float32(1)
-    request = contribute(
-        masked, 0, blob=vector_to_bytes(other), adapter_sha256=vector_sha256(other)
-    )
+    request = contribute(masked, 0, blob=vector_to_bytes(other), adapter_sha256=vector_sha256(other))
     assert refusal_of(agent.handle(Stage.CONTRIBUTE, request)) == "RoundAlreadyServed"
 
 

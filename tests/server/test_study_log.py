@@ -207,7 +207,7 @@ def test_no_site_unmasks_without_the_quorum_or_on_another_head(run: Run) -> None
     with pytest.raises(QuorumNotReached):
         run.witness("", names=("amber",))
     note = run.witness("", names=("amber", "birch"))
-    with pytest.raises(WitnessBehind):
+    with pytest.raises(WitnessBehind):  # it has seen no head at all
         run.sites["cedar"].verify_quorum(note)
     run.log.add_round(run.record(0))
     with pytest.raises(QuorumNotReached):

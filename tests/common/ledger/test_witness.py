@@ -163,15 +163,14 @@ def test_what_was_sent_stays_masked_until_a_quorum_has_seen_the_same_head(tmp_pa
     states = {n: WitnessState(tmp_path / n, log=LOG) for n in "abc"}
     ask = request(HONEST, 0, 8)
     lines = [witness(states[n], ask, n) for n in "abc"]
-    full = merge_signatures(ask.note, lines)
-    states["a"].verify_witnessed(full, witnesses=WITNESSES, quorum=3)
+    states["a"].verify_witnessed(lines, witnesses=WITNESSES, quorum=3)
     with pytest.raises(QuorumNotReached):
-        states["a"].verify_witnessed(merge_signatures(ask.note, lines[:2]), witnesses=WITNESSES, quorum=3)
-    fork = note_of(FORKED, 8)
+        states["a"].verify_witnessed(lines[:2], witnesses=WITNESSES, quorum=3)
+    fork = cosign(note_of(FORKED, 8), name="b", private_key=KEYS["b"], time_s=5)
+    with pytest.raises(NoteSignatureInvalid):
+        states["a"].verify_witnessed([lines[0], fork, lines[2]], witnesses=WITNESSES, quorum=2)
     with pytest.raises(WitnessBehind):
-        states["a"].verify_witnessed(fork, witnesses=WITNESSES, quorum=0)
-    with pytest.raises(WitnessBehind):
-        WitnessState(tmp_path / "fresh", log=LOG).verify_witnessed(full, witnesses=WITNESSES, quorum=0)
+        WitnessState(tmp_path / "fresh", log=LOG).verify_witnessed(lines, witnesses=WITNESSES, quorum=0)
 
 
 def test_the_same_request_again_is_cosigned_again_not_taken_for_a_fork(tmp_path: Path) -> None:
