@@ -17,6 +17,7 @@ NEEDED = (
     "common/model/tiny_words.txt",
     "common/ledger/controls.json",
     "client/agent.proto",
+    "client/evaluate/report.html.j2",
     "deploy/local/report.html.j2",
     "deploy/local/fab/pyproject.toml",
 )
