@@ -29,6 +29,7 @@ from client.state import Seen, SiteState
 from client.statements import statements
 from client.training import TrainingData, prepare_training
 from client.witness import SiteWitness
+from common.compatibility import agree, format_speaks, parse_speaks, running_release
 from common.config import Mode, Study
 from common.deflate import inflate
 from common.errors import (
@@ -50,7 +51,6 @@ from common.privacy.study_plan import plan_of, verify_plan
 from common.protocol import (
     MAX_OVERHEAD_BYTES,
     SERVER,
-    VERSION,
     Expected,
     Header,
     Message,
@@ -126,7 +126,7 @@ class SiteAgent:
         self._budget: Budget | None = None
         self._one_at_a_time = threading.Lock()
 
-    def handle(self, stage: Stage, data: bytes) -> bytes:
+    def handle(self, stage: Stage, data: bytes | bytearray) -> bytes:
         """Answer one signed request with a signed reply or a signed refusal.
 
         Raises a FedRadError only where there is nobody to answer to: an unknown or unapproved study, or a
@@ -158,7 +158,7 @@ class SiteAgent:
             log.warning("refused a message at its first bytes: %s: %s", error.code, error)
             raise
 
-    def _authenticate(self, stage: Stage, data: bytes) -> tuple[Message, _Running]:
+    def _authenticate(self, stage: Stage, data: bytes | bytearray) -> tuple[Message, _Running]:
         try:
             sha256 = read_header(data, max_body_bytes=1 << 62).study
             running = self._open_study(sha256)
@@ -231,7 +231,9 @@ class SiteAgent:
 
     def _hello(self, message: Message, running: _Running) -> bytes:
         """Say how far this site's history goes; before it trains, load model and data, commit the budget."""
-        meta, _ = unpack_body(message.body, fields={"train": bool})
+        meta, _ = unpack_body(message.body, fields={"train": bool, "speaks": dict})
+        own_release = running_release()
+        agree(parse_speaks(meta["speaks"]), own_release)
         seen = running.state.seen()
         own: list[bytes] = []
         if meta["train"]:
@@ -244,7 +246,7 @@ class SiteAgent:
                 data_sha256=running.data_sha256,
             )  # fmt: skip
         about = {
-            "version": VERSION, "seen_round": seen.round, "seen_record": seen.record_sha256,
+            "speaks": format_speaks(own_release), "seen_round": seen.round, "seen_record": seen.record_sha256,
             "seen_size": running.witness.seen_size,
         }  # fmt: skip
         return pack_body(about, read_approval(self.home, running.study), b"\n".join(own))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from common.errors import EnvelopeMalformed, VersionsTooFarApart
@@ -36,6 +37,14 @@ def this_release(software: str) -> Speaks:
     return Speaks(min(OLDEST, VERSION), VERSION, software)
 
 
+def running_release() -> Speaks:
+    """What the installed distribution speaks."""
+    try:
+        return this_release(version("fedrad"))
+    except PackageNotFoundError:
+        return this_release("0-source")
+
+
 def agree(server: Speaks, site: Speaks) -> int:
     """Return the newest protocol version that both speak; raises VersionsTooFarApart."""
     newest = min(server.newest, site.newest)
@@ -50,12 +59,12 @@ def agree(server: Speaks, site: Speaks) -> int:
     return newest
 
 
-def verify_frame_version(version: Any, own: Speaks) -> None:
+def verify_frame_version(found: Any, own: Speaks) -> None:
     """Refuse a message framed in a version that this side does not speak; raises VersionsTooFarApart."""
-    if type(version) is not int or not own.oldest <= version <= own.newest:
-        newer = type(version) is int and version > own.newest
+    if type(found) is not int or not own.oldest <= found <= own.newest:
+        newer = type(found) is int and found > own.newest
         raise VersionsTooFarApart(
-            f"expected a message in protocol version {_span(own)}, got version {version!r}; "
+            f"expected a message in protocol version {_span(own)}, got version {found!r}; "
             f"upgrade {'this side' if newer else 'the other side'}"
         )
 

@@ -112,7 +112,7 @@ def run_study(
 @contextlib.contextmanager
 def _opened(grid: Grid, directory: Path, clock: Clock, judge: Judge | None) -> Iterator[Run]:
     """Hold the study directory and its log for this process; load what the acceptance test needs."""
-    with contextlib.closing(StudyDirectory(directory)) as opened:
+    with contextlib.closing(StudyDirectory(directory, clock=clock)) as opened:
         study, key = opened.study, load_key(opened.key_path)
         if study.acceptance is not None and judge is None:
             judge = open_judge(directory, study)
@@ -419,6 +419,7 @@ def _log_round(
     run.opened.log(
         "round", round=pending.round, attempt=pending.attempt, cohort=list(pending.cohort),
         missing=missing, seconds=round(seconds, 4), step_norm=step_norm,
+        stage_seconds={stage: round(spent, 4) for stage, spent in run.cohort.take_seconds().items()},
     )  # fmt: skip
     if verdict is not None:
         run.opened.log(

@@ -18,7 +18,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ class Pending:
 class StudyDirectory:
     """An opened study directory, locked for this process until `close`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.directory = directory
+        self._clock = clock
         if not directory.is_dir():
             raise CheckpointInvalid(f"{directory}: expected a study directory, got none")
         self._lock = (directory / "lock").open("w")
@@ -203,7 +205,7 @@ class StudyDirectory:
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one event for people, tests and the report; never data of a site."""
-        line = json.dumps({"event": event, **fields}, sort_keys=True)
+        line = json.dumps({"event": event, "time_unix_s": int(self._clock()), **fields}, sort_keys=True)
         append_durable(self.directory / "log.jsonl", line.encode() + b"\n", mode=0o644)
 
     def _append_record(self, signed: SignedRecord) -> None:

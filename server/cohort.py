@@ -88,6 +88,7 @@ class Cohort:
         self._nodes: dict[str, int] = {}
         self._impostors: set[tuple[str, int]] = set()
         self.traffic = Traffic()
+        self._seconds: dict[str, float] = {}
 
     def present(self, *, wait_s: float, at_least: int) -> tuple[str, ...]:
         """Find which sites are connected, waiting up to `wait_s` for `at_least` of them."""
@@ -103,6 +104,7 @@ class Cohort:
 
         A FedRadError of `accept` makes that site a missing one. Replies are not kept.
         """
+        started = self._clock()
         missing = {site: "not connected" for site in requests if site not in self._nodes}
         digests = {site: sha256_hex(data) for site, data in requests.items()}
         asked = _Asked(requests, until_unix_s, late_unix_s=(self._clock() + until_unix_s) / 2)
@@ -126,9 +128,18 @@ class Cohort:
             asked.settle(site)
         for site in asked.unanswered:
             missing[site] = "no answer before the deadline"
+        stages = [_stage(request) for request in requests.values()]
+        if stages:
+            stage = max(sorted(set(stages)), key=stages.count)
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + self._clock() - started
         return Outcome(tuple(sorted(answered)), missing)
 
-    def _verify(self, site: str, request_sha256: str, data: bytes) -> SignedMessage:
+    def take_seconds(self) -> dict[str, float]:
+        """Return the seconds spent in exchanges since last asked, by the stage that most sites were asked."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _verify(self, site: str, request_sha256: str, data: bytearray) -> SignedMessage:
         message = open_message(
             data,
             keys=self._keys,
@@ -283,7 +294,7 @@ def _claimed_site(reply: Message) -> str:
     return site if isinstance(site, str) else ""
 
 
-def _envelope(reply: Message) -> bytes:
+def _envelope(reply: Message) -> bytearray:
     if reply.has_error():
         reason = " ".join(str(reply.error.reason).split())[:300]
         raise NodeFailed(f"Flower error {reply.error.code}: {reason}")

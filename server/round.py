@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.canonical import sha256_hex
+from common.compatibility import agree, format_speaks, parse_speaks, running_release
 from common.config import Study
 from common.deflate import deflate
 from common.errors import AdapterInvalid, EntryInvalid, EnvelopeMalformed
@@ -86,8 +87,9 @@ def contribute_body(
 
 
 def hello_request(key: SigningKey, study: Study, site: str, *, train: bool) -> bytes:
+    body = pack_body({"train": train, "speaks": format_speaks(running_release())})
     return stage_request(
-        key, study, Stage.HELLO, site, pack_body({"train": train}), round=0, attempt=0, previous=GENESIS,
+        key, study, Stage.HELLO, site, body, round=0, attempt=0, previous=GENESIS,
         nonce=secrets.token_hex(16),
     )  # fmt: skip
 
@@ -120,9 +122,11 @@ def pack_shown(records: Sequence[SignedRecord], *ledger: bytes) -> bytes:
 class Hello:
     """What a site says of itself: the last round it verified (-1: none), what it saw of the ledger.
 
-    `statements` are the site's own entries for it, encoded; nothing of them is verified here.
+    `version` is the protocol version that both sides speak; `statements` are the site's own entries for the
+    ledger, encoded; nothing of them is verified here.
     """
 
+    version: int
     seen_round: int
     seen_size: int
     approval: bytes
@@ -130,16 +134,17 @@ class Hello:
 
 
 def parse_hello(reply: Message) -> Hello:
-    """Parse a site's answer to hello; raises EnvelopeMalformed."""
+    """Parse a site's answer to hello; raises EnvelopeMalformed or VersionsTooFarApart."""
     meta, (approval, statements) = unpack_body(
         reply.body,
-        fields={"version": int, "seen_round": int, "seen_record": str, "seen_size": int},
+        fields={"speaks": dict, "seen_round": int, "seen_record": str, "seen_size": int},
         parts=2,
     )
+    version = agree(running_release(), parse_speaks(meta["speaks"]))
     if len(statements) > MAX_STATEMENTS_BYTES:
         raise EnvelopeMalformed(f"hello: expected statements of at most {MAX_STATEMENTS_BYTES} bytes")
     lines = tuple(bytes(statements).split(b"\n")) if statements else ()
-    return Hello(int(meta["seen_round"]), int(meta["seen_size"]), bytes(approval), lines)
+    return Hello(version, int(meta["seen_round"]), int(meta["seen_size"]), bytes(approval), lines)
 
 
 def parse_witnessed(reply: Message) -> bytes:

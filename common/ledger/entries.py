@@ -173,8 +173,8 @@ class RoundRecord:
 
     `server_sigma_units` is the width of the server's top-up in integer units, `release_epsilon` what the
     released sums of the study cost so far, `record` the hash of the signed record that sites chain
-    (common/records.py), `aggregate` a keyed commitment to the unmasked sum. Without privacy (mode plain)
-    widths and epsilons are 0 and claim nothing.
+    (common/records.py), `aggregate` a keyed commitment to the sum of what came, masked where it was. Without
+    privacy (mode plain) widths and epsilons are 0 and claim nothing.
     """
 
     number: int = ranged(0, 1_000_000)
