@@ -119,6 +119,16 @@ class DraftingService:
         return self._active.engine
 
     @property
+    def processor(self) -> ImageProcessor:
+        """How the base in use prepares pictures: where its patches lie on them."""
+        return self._active.processor
+
+    @property
+    def keeps_drafts(self) -> bool:
+        """Whether what was drafted and decided is kept on the access log, encrypted."""
+        return self._keep_drafts
+
+    @property
     def guarded(self) -> bool:
         return self._active.guard is not None
 

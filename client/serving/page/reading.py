@@ -144,12 +144,8 @@ class ReadingRoom:
             attention = await self.service.attention(draft["id"])
             self.worklist.put_attention(id, attention)
         side = grid_side(attention.shape[1])
-        processor = getattr(self.service, "processor", None)
-        box = (0.0, 0.0, 1.0, 1.0)
-        if processor is not None:
-            height, width = (await self.pixels(id)).shape
-            box = picture_box(processor, width=width, height=height)
-        return attention, side, box
+        height, width = (await self.pixels(id)).shape
+        return attention, side, picture_box(self.service.processor, width=width, height=height)
 
     async def similar(self, id: str, *, count: int) -> tuple[tuple[PriorCase, ...], tuple[int, int]]:
         """Return the nearest prior cases and how far the index is: (done, total); empty until it is ready."""
@@ -195,8 +191,11 @@ class ReadingRoom:
                 "reading_s": round(seconds, 1),
             }
             payload = canonical_json(decision | {"picture": case.picture_sha256, "drafted": drafted})
-            action = Action.SIGN_OFF if accepted else Action.DISCARD
-            record = await self.service.record(user=user, action=action, payload=payload)
+            record = await self.service.record(
+                user=user,
+                action=Action.SIGN_OFF if accepted else Action.DISCARD,
+                payload=payload if self.service.keeps_drafts else None,
+            )
             stored = decision | {"user": user, "time_s": record.time_s, "record": record.id}
             self.worklist.decide(id, stored, accepted=accepted)
             return stored
