@@ -237,18 +237,31 @@ def _sites(view: StudyView) -> RenderableType:
 
 
 def _watch(views: Any, *, every_s: float) -> None:
+    """Redraw a terminal's screen until interrupted; elsewhere, print again what has changed."""
     from rich.console import Console
     from rich.live import Live
 
     from common.errors import FedRadError
 
+    def look() -> RenderableType:
+        try:
+            return draw(views(), now_s=time.time())
+        except FedRadError as error:
+            return f"{error.code}: {error}"
+
     console = Console(highlight=False)
-    with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+    if not console.is_terminal:
+        shown: object = None
         while True:
-            try:
-                live.update(draw(views(), now_s=time.time()), refresh=True)
-            except FedRadError as error:
-                live.update(f"{error.code}: {error}", refresh=True)
+            found = views()
+            if found != shown:
+                shown = found
+                console.print(draw(found, now_s=time.time()))
+                sys.stdout.flush()
+            time.sleep(every_s)
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(look(), refresh=True)
             time.sleep(every_s)
 
 
