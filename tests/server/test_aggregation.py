@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from common.errors import AdapterInvalid
+from common.errors import AdapterInvalid, SumOutOfRange
 from common.model.lora import group_mask, vector_size, vector_to_bytes
 from common.privacy.study_plan import plan_of
 from common.schedule import active_groups
-from server.aggregation import Collected, parse_floats, parse_units, protect
+from server.aggregation import Collected, parse_floats, parse_units, protect, sum_range
 from tests.simulator import Consortium, build
 
 
@@ -59,23 +60,64 @@ def test_floats_are_added_in_order_of_site_whatever_order_they_came_in(plain: Co
     assert np.array_equal(one, protect(plain.study, Collected({}, {}, floats=back), round=0).gradient)
 
 
+def of_units(world: Consortium, units: npt.NDArray[np.int32]) -> Collected:
+    return Collected(dict.fromkeys(world.study.site_ids, ""), {}, units=units.view(np.uint32))
+
+
+def first_trained(world: Consortium) -> int:
+    return int(np.flatnonzero(group_mask(world.study.adapter.tensors, active_groups(world.study, 0)))[0])
+
+
 def test_units_come_out_dequantised_and_noised_where_the_round_trains(consortium: Consortium) -> None:
     study, plan = consortium.study, plan_of(consortium.study)
     units = np.zeros(size(consortium), np.int32)
-    units[:] = 1000 * round(plan.units_per_clip)
+    place = first_trained(consortium)
+    units[place] = 70 * round(plan.units_per_clip)
     trained = group_mask(study.adapter.tensors, active_groups(study, 0))
-    collected = Collected(dict.fromkeys(study.site_ids, ""), {}, units=units.view(np.uint32))
-    got = protect(study, collected, round=0)
-    wanted = 1000 * plan.clip_norm / study.training.denominator
+    got = protect(study, of_units(consortium, units), round=0)
+    noise = got.server_sigma_units * plan.quantum / study.training.denominator
+    wanted = 70 * plan.clip_norm / study.training.denominator
     assert not got.gradient[~trained].any()
-    assert got.gradient[trained].mean() == pytest.approx(wanted, rel=1e-3)
+    assert got.gradient[place] == pytest.approx(wanted, abs=8 * noise)
     assert got.server_sigma_units == plan.server_topup_sigma_units(4)
-    spread = got.gradient[trained].std() * study.training.denominator / plan.clip_norm * plan.units_per_clip
-    assert spread == pytest.approx(got.server_sigma_units, rel=0.05)
+    others = np.delete(got.gradient[trained], 0)
+    assert others.std() == pytest.approx(noise, rel=0.05)
 
 
 def test_negative_sums_modulo_2_32_come_out_negative(consortium: Consortium) -> None:
-    units = np.full(size(consortium), 2**32 - 500 * plan_of(consortium.study).units_per_clip, np.uint32)
-    collected = Collected(dict.fromkeys(consortium.study.site_ids, ""), {}, units=units)
+    units = np.zeros(size(consortium), np.int32)
+    units[first_trained(consortium)] = -70 * plan_of(consortium.study).units_per_clip
+    got = protect(consortium.study, of_units(consortium, units), round=0)
+    assert got.gradient[first_trained(consortium)] < 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_coordinate_that_no_honest_sum_reaches_is_refused(consortium: Consortium, sign: int) -> None:
+    plan = plan_of(consortium.study)
+    limit = sum_range(plan, dimension=size(consortium), survivors=4)
+    units = np.zeros(size(consortium), np.int32)
+    units[first_trained(consortium)] = sign * round(limit.coordinate_units + 9 * plan.site_share_sigma_units)
+    with pytest.raises(SumOutOfRange, match="coordinate"):
+        protect(consortium.study, of_units(consortium, units), round=0)
+
+
+def test_a_sum_whose_norm_no_honest_sum_reaches_is_refused_though_each_coordinate_is_small(
+    consortium: Consortium,
+) -> None:
+    plan = plan_of(consortium.study)
     trained = group_mask(consortium.study.adapter.tensors, active_groups(consortium.study, 0))
-    assert protect(consortium.study, collected, round=0).gradient[trained].max() < 0
+    limit = sum_range(plan, dimension=int(trained.sum()), survivors=4)
+    units = np.zeros(size(consortium), np.int32)
+    units[trained] = round(1.1 * limit.norm_units / trained.sum() ** 0.5)
+    assert units.max() < limit.coordinate_units
+    with pytest.raises(SumOutOfRange, match="norm"):
+        protect(consortium.study, of_units(consortium, units), round=0)
+
+
+def test_the_range_grows_with_clip_patients_and_noise_as_the_documents_say(consortium: Consortium) -> None:
+    plan = plan_of(consortium.study)
+    sigma = (4 * plan.site_share_sigma_units**2 + plan.server_topup_sigma_units(4) ** 2) ** 0.5
+    clips = (40 + 6 * 40**0.5 + 6) * plan.sensitivity_units  # twice 0.5 of 40 patients
+    limit = sum_range(plan, dimension=10_000, survivors=4)
+    assert limit.coordinate_units == pytest.approx(clips + 8 * sigma)
+    assert limit.norm_units == pytest.approx(clips + 108 * sigma)
