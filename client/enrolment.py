@@ -149,6 +149,19 @@ def request_rotation(
     return request
 
 
+def set_keys_aside(home: SiteHome, *, now: datetime) -> Path | None:
+    """Put all keys and the enrolment away, so that new ones are made; after a revocation, or a loss."""
+    keys = home.directory / "keys"
+    if not keys.is_dir():
+        return None
+    aside = home.directory / f"keys-until-{now:%Y%m%dT%H%M%S}"
+    keys.rename(aside)
+    for path in (home.directory / "enrolment.json", home.directory / REQUEST_NAME):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(home.directory / "next", ignore_errors=True)
+    return aside
+
+
 def install_bundle(home: SiteHome, signed: SignedBundle) -> Enrolled:
     """Install the operator's bundle, first or renewed; the keys of a rotation take their place with it.
 

@@ -38,6 +38,9 @@ def enrol(
     base: Annotated[list[str] | None, typer.Option("--base", help="NAME=DIR of a base model.")] = None,
     epsilon: Annotated[float, typer.Option(help="ε that this site allows one patient, all studies.")] = 20.0,
     delta: Annotated[float, typer.Option(help="At this δ.")] = 1e-5,
+    new_keys: Annotated[
+        bool, typer.Option("--new-keys", help="Put the present keys aside; after a revocation.")
+    ] = False,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="The operator's answer: install it.")
     ] = None,
@@ -53,7 +56,7 @@ def enrol(
         return
     if site is None or data is None:
         raise typer.BadParameter("expected SITE and --data, or --bundle FILE")
-    from client.enrolment import REQUEST_NAME, request_enrolment, utc_now
+    from client.enrolment import REQUEST_NAME, request_enrolment, set_keys_aside, utc_now
     from client.home import SiteHomeInvalid, create_home, open_home
     from common.enrolment import fingerprint_of
     from common.model.tiny import tiny_base_directory
@@ -66,6 +69,8 @@ def enrol(
         bases[name] = Path(directory)
     if operator_key is None:
         operator_key = open_home(home).operator_key if (home / "site.json").is_file() else ""
+    if new_keys and (home / "site.json").is_file():
+        set_keys_aside(open_home(home), now=utc_now())
     made = create_home(
         home, site=site, operator_key=operator_key, data=data, bases=bases, epsilon=epsilon, delta=delta
     )

@@ -241,7 +241,7 @@ def read_approval(home: SiteHome, study: Study) -> bytes:
 def list_studies(home: SiteHome) -> list[str]:
     """List the hashes of received studies."""
     root = home.directory / "studies"
-    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    return sorted(p.parent.name for p in root.glob("*/study.json"))  # it is written last
 
 
 def find_study(home: SiteHome, prefix: str) -> str:

@@ -160,6 +160,11 @@ def approve(
                 "use `fedrad-server site rotate`, or revoke it first"
             )
         body = enrolment_body(keys)
+        if before is not None and _keys_of(before) & _keys_of_body(body):
+            raise EnrolmentInvalid(
+                f"site {keys.site}: expected new keys after the revocation, got one that was revoked; "
+                "the site makes them with `fedrad-site enrol --new-keys`"
+            )
         _log(home, [body], now, site_signature=EntrySignature(keys.site, keys.message_key, request.entry))
         entered = RegisteredSite(
             site=keys.site,
@@ -303,13 +308,18 @@ def _bundle(
 
 def _verify_keys_free(home: ServerHome, request: EnrolmentRequest) -> None:
     """Raise EnrolmentInvalid when another site of the registry holds one of these keys."""
-    keys = request.keys
-    body = enrolment_body(keys)
+    site, mine = request.keys.site, _keys_of_body(enrolment_body(request.keys))
     for name, other in read_sites(home).items():
-        theirs = {other.message_key, other.witness_key, other.tls_sha256, other.node_sha256}
-        mine = {keys.message_key, keys.witness_key, body.tls_fingerprint, body.node_fingerprint}
-        if name != keys.site and theirs & mine:
-            raise EnrolmentInvalid(f"site {keys.site}: expected keys of its own, got one of site {name}")
+        if name != site and _keys_of(other) & mine:
+            raise EnrolmentInvalid(f"site {site}: expected keys of its own, got one of site {name}")
+
+
+def _keys_of(site: RegisteredSite) -> set[str]:
+    return _keys_of_body(site.enrolled)
+
+
+def _keys_of_body(body: Enrolment) -> set[str]:
+    return {body.message_key, body.witness_key, body.tls_fingerprint, body.node_fingerprint}
 
 
 def _same_keys(site: RegisteredSite, request: EnrolmentRequest) -> bool:

@@ -34,6 +34,7 @@ from client.enrolment import (
     utc_now,
 )
 from client.home import SiteHome, list_studies, receive_study
+from common.canonical import sha256_hex
 from common.enrolment import Ask, SignedSiteRequest, format_site_request, parse_bundle
 from common.errors import FedRadError, SiteRevoked
 from common.files import write_atomic
@@ -136,12 +137,11 @@ class SiteLink:
         value = self._send(self._request(Ask.STUDIES))
         known = set(list_studies(self._home))
         for offered in value.get("studies", []):
-            with contextlib.suppress(FedRadError, ValueError, KeyError, TypeError):
-                study = receive_study(
-                    self._home, offered["manifest"].encode(), bytes.fromhex(offered["signature"])
-                )
-                if study.sha256 not in known:
-                    log.info("a study was received", extra={"study": study.sha256})
+            with contextlib.suppress(FedRadError, ValueError, KeyError, TypeError, AttributeError):
+                manifest = offered["manifest"].encode()
+                if sha256_hex(manifest) not in known:
+                    study = receive_study(self._home, manifest, bytes.fromhex(offered["signature"]))
+                    log.info("study %s was received", study.study.id, extra={"study": study.sha256})
         for sha256, path, words in self._unsent():
             try:
                 self._send(self._request(Ask.APPROVAL, f"{sha256} {words}"))

@@ -18,6 +18,7 @@ from client.enrolment import (
     renewal_request,
     request_enrolment,
     request_rotation,
+    set_keys_aside,
     tls_key_path,
     verify_operator,
 )
@@ -43,7 +44,7 @@ from common.errors import (
 )
 from common.identity import SigningKey, fingerprint
 from server.consortium import ServerHome, create_server_home
-from server.enrolment import approve, renew, rotate
+from server.enrolment import approve, read_site, renew, rotate
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 KEYS = ("tls.key", "node.key", "message.key", "witness.key")
@@ -166,21 +167,26 @@ def test_rotation_serves_with_the_old_keys_until_the_answer_is_in(
     install_bundle(home, signed)  # a second time: nothing moves any more
 
 
+def test_new_keys_put_the_old_ones_aside(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    install_bundle(home, answer(server, home))
+    old = {name: (home.directory / "keys" / name).read_bytes() for name in KEYS}
+    aside = set_keys_aside(home, now=NOW)
+    assert aside is not None and {name: (aside / name).read_bytes() for name in KEYS} == old
+    with pytest.raises(SiteNotEnrolled):
+        read_enrolled(home)
+    request_enrolment(home, software="fedrad 0.1.0", now=NOW)
+    assert not {(home.directory / "keys" / name).read_bytes() for name in KEYS} & set(old.values())
+
+
 def test_a_rotation_asked_twice_keeps_its_new_keys(tmp_path: Path, server: ServerHome) -> None:
     home = new_home(tmp_path, server)
     first_bundle = answer(server, home)
     install_bundle(home, first_bundle)
     first = request_rotation(home, software="fedrad 0.1.0", now=NOW)
     second = request_rotation(home, software="fedrad 0.1.0", now=NOW)
-    assert fingerprint_of(first.keys)[:4] and first.keys.node_key == second.keys.node_key
-    enrolled = approve_view(server)
-    verify_rotations(second, enrolled)
-
-
-def approve_view(server: ServerHome):  # type: ignore[no-untyped-def]
-    from server.enrolment import read_site
-
-    return read_site(server, "north").enrolled
+    assert first.keys.node_key == second.keys.node_key
+    verify_rotations(second, read_site(server, "north").enrolled)
 
 
 def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path, server: ServerHome) -> None:

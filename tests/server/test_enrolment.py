@@ -217,6 +217,18 @@ def test_a_revoked_site_gets_nothing_and_is_on_the_list(home: ServerHome, author
     assert revoke(home, authority, "north", reason=RevocationReason.LEFT, now=NOW) == revoked
 
 
+def test_revoked_keys_never_come_back(home: ServerHome, authority: Authority) -> None:
+    """Also because Flower never takes a node key twice."""
+    keys = enter(home, "north")
+    revoke(home, authority, "north", reason=RevocationReason.LEFT, now=NOW)
+    for name in ("tls", "node", "message", "witness"):
+        request = Keys(**{name: getattr(keys, name)}).request("north")
+        with pytest.raises(EnrolmentInvalid, match="--new-keys"):
+            approve(home, authority, request, fingerprint=fingerprint_of(request.keys), now=NOW)
+    enter(home, "north")
+    assert read_sites(home)["north"].state is SiteState.APPROVED
+
+
 def test_rotation_ends_the_old_certificate_and_needs_the_old_key(
     home: ServerHome, authority: Authority
 ) -> None:
