@@ -75,6 +75,9 @@ def study_sign(
     key: Annotated[Path, typer.Option("--key", help="The operator's key; made on first use.")] = Path(
         "operator/message.key"
     ),
+    public: Annotated[
+        Path | None, typer.Option("--public", help="Prepared public pairs for the acceptance test.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Pin base, tensors, keys and noise, and sign: study.json and operator.sig are what sites receive."""
@@ -88,8 +91,10 @@ def study_sign(
     if directory is None:
         raise ManifestInvalid(f"--base: expected the directory of base {parsed.base.name!r}, got none")
     operator = load_or_create_key(key)
-    resolved = resolve_study(parsed, base=directory, operator_key=operator.public, site_keys={})
-    write_study(out, resolved, operator, base=directory)
+    resolved = resolve_study(
+        parsed, base=directory, operator_key=operator.public, site_keys={}, public=public
+    )
+    write_study(out, resolved, operator, base=directory, public=public)
     own = out / "keys" / "message.key"
     if not own.exists():
         save_key(load_key(key), own)

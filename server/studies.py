@@ -14,6 +14,7 @@ from common.model.lora import adapter_tensors, initial_vector, vector_sha256, wr
 from common.model.manifest import hash_base
 from common.privacy.study_plan import calibrated
 from common.secagg.context import threshold
+from server.acceptance import public_set_sha256, write_settings
 from server.checkpoint import write_signed_study
 
 _TEMPLATE = """\
@@ -67,7 +68,7 @@ resamples = 1000                 # bootstrap
 
 [audit]                          # masked contributions of these rounds are kept for the audit bundle
 retain_every_rounds = {every_retained}
-"""
+{acceptance}"""
 
 _PLAIN = """\
 [privacy]
@@ -92,6 +93,13 @@ mode = "local"                   # every site noises its own update fully (ISRL-
 site_epsilon = {site_epsilon}
 clip_norm = {clip_norm}
 spare_rounds = {spare}
+"""
+
+
+_ACCEPTANCE = """
+[acceptance]                     # the operator's public set: an adapter that fails on it is rolled back
+every_rounds = {every}
+max_increase = 0.1               # nats per report token over the last accepted adapter
 """
 
 
@@ -137,6 +145,7 @@ def study_template(
     patients: int | None = None,
     release_epsilon: float = 8.0,
     recipe: Recipe | None = None,
+    accept_every_rounds: int = 0,
 ) -> str:
     """Write a complete, commented manifest that runs as it is; raises ManifestInvalid."""
     if not sites:
@@ -175,6 +184,7 @@ def study_template(
         sites="".join(f'\n[[cohort.site]]\nid = "{site}"\n' for site in sites),
         every_rounds=max(1, rounds // 5),
         every_retained=max(1, rounds // 2),
+        acceptance=_ACCEPTANCE.format(every=accept_every_rounds) if accept_every_rounds else "",
     )
 
 
@@ -186,10 +196,18 @@ class SiteKeys:
     witness: str
 
 
-def resolve_study(study: Study, *, base: Path, operator_key: str, site_keys: Mapping[str, SiteKeys]) -> Study:
-    """Pin base files, adapter tensors, first adapter, public keys and noise.
+def resolve_study(
+    study: Study,
+    *,
+    base: Path,
+    operator_key: str,
+    site_keys: Mapping[str, SiteKeys],
+    public: Path | None = None,
+) -> Study:
+    """Pin base files, adapter tensors, first adapter, public keys, noise and the public set.
 
-    What the manifest already pins must agree. Raises BaseInvalid, ManifestInvalid, AccountantsDisagree.
+    public: folder of the operator's prepared public pairs, where the manifest has an acceptance test. What the
+    manifest already pins must agree. Raises BaseInvalid, ManifestInvalid, PublicSetInvalid, AccountantsDisagree.
     """
     files = hash_base(base)
     tensors = adapter_tensors(base, study.adapter)
@@ -221,16 +239,25 @@ def resolve_study(study: Study, *, base: Path, operator_key: str, site_keys: Map
     ):
         if before and before != after:
             raise ManifestInvalid(f"{name}: expected what this base and operator give, got another value")
+    if resolved.acceptance is not None and public is not None:
+        found = public_set_sha256(public)
+        if resolved.acceptance.public_sha256 not in ("", found):
+            raise ManifestInvalid(f"acceptance.public_sha256: expected that of {public}, got another")
+        resolved = replace(resolved, acceptance=replace(resolved.acceptance, public_sha256=found))
     resolved = calibrated(resolved)
     verify_resolved(resolved)
     return resolved
 
 
-def write_study(directory: Path, study: Study, key: SigningKey, *, base: Path) -> None:
-    """Sign a resolved study and write its directory: manifest, signature and first adapter."""
+def write_study(
+    directory: Path, study: Study, key: SigningKey, *, base: Path, public: Path | None = None
+) -> None:
+    """Sign a resolved study and write its directory: manifest, signature, first adapter, acceptance test."""
     verify_resolved(study)
     manifest = format_study(study)
     write_signed_study(directory, manifest, key.sign(Purpose.STUDY, manifest))
+    if study.acceptance is not None and public is not None:
+        write_settings(directory, base=base, data=public)
     initial = directory / "initial"
     if not (initial / "adapter_model.safetensors").is_file():
         write_adapter(initial, initial_vector(base, study.adapter), study.adapter.tensors, study.adapter)

@@ -39,10 +39,13 @@ class Submitted:
     missing: dict[str, str]
 
 
-def submit_study(home: ServerHome, text: str, *, source: str, base: Path) -> Submitted:
+def submit_study(
+    home: ServerHome, text: str, *, source: str, base: Path, public: Path | None = None
+) -> Submitted:
     """Pin the enrolled keys of a manifest's sites, sign it and place it in `studies/`.
 
-    Raises SiteNotEnrolled, SiteRevoked, ManifestInvalid, BaseInvalid, RunDirectoryBusy for a taken id.
+    public: the operator's public set, for a manifest with an acceptance test. Raises PublicSetInvalid,
+    SiteNotEnrolled, SiteRevoked, ManifestInvalid, BaseInvalid, RunDirectoryBusy for a taken id.
     """
     draft = parse_study_toml(text, source=source)
     keys = {}
@@ -50,10 +53,10 @@ def submit_study(home: ServerHome, text: str, *, source: str, base: Path) -> Sub
         enrolled = approved_site(home, site)
         keys[site] = SiteKeys(enrolled.message_key, enrolled.witness_key)
     operator = home.message_key()
-    study = resolve_study(draft, base=base, operator_key=operator.public, site_keys=keys)
+    study = resolve_study(draft, base=base, operator_key=operator.public, site_keys=keys, public=public)
     directory = home.studies / study.study.id
     home.studies.mkdir(exist_ok=True, mode=0o700)
-    write_study(directory, study, operator, base=base)
+    write_study(directory, study, operator, base=base, public=public)
     own = directory / "keys" / "message.key"
     if not own.exists():
         own.parent.mkdir(mode=0o700, exist_ok=True)

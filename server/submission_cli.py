@@ -31,6 +31,9 @@ def submit(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="study.toml")],
     home: Home = _DEFAULT_HOME,
     base: Annotated[Path | None, typer.Option("--base", help="Base model directory, if not tiny.")] = None,
+    public: Annotated[
+        Path | None, typer.Option("--public", help="Prepared public pairs for the acceptance test.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Pin the enrolled sites' keys, sign, and offer the study; it starts when every site has approved."""
@@ -47,7 +50,7 @@ def submit(
     directory = known_base(name, base)
     if directory is None:
         raise ManifestInvalid(f"--base: expected the directory of base {name!r}, got none")
-    submitted = submit_study(_open(home), text, source=str(study), base=directory)
+    submitted = submit_study(_open(home), text, source=str(study), base=directory, public=public)
     value = _value(submitted)
     answer(
         value,

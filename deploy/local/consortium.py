@@ -20,6 +20,8 @@ from common.errors import DataInsufficient, ManifestInvalid
 from common.identity import Purpose, load_or_create_key
 from server.studies import SiteKeys, resolve_study, write_study
 
+PUBLIC = "public"  # the operator's public set beside the sites' folders, for a study with an acceptance test
+
 
 @dataclass(frozen=True)
 class LocalConsortium:
@@ -76,8 +78,9 @@ def set_up(manifest: Path, *, data: Path, out: Path, base: Path | None) -> Local
     keys = {
         site: SiteKeys(home.message_key().public, home.witness_key().public) for site, home in homes.items()
     }
-    study = resolve_study(draft, base=directory, operator_key=operator.public, site_keys=keys)
-    write_study(out / "server", study, operator, base=directory)
+    public = data / PUBLIC if (data / PUBLIC).is_dir() else None
+    study = resolve_study(draft, base=directory, operator_key=operator.public, site_keys=keys, public=public)
+    write_study(out / "server", study, operator, base=directory, public=public)
     encoded = format_study(study)
     if study.privacy.mode is not Mode.PLAIN:  # each rehearsing site allows just this study
         homes = {

@@ -11,6 +11,7 @@ from common.errors import RunDirectoryBusy
 from common.files import write_atomic
 
 SITES = ("north", "east", "south", "west")
+PUBLIC_PATIENTS = 40
 PATIENTS = 2800  # nominal, as in docs; a public constant, not a count of the data
 
 Progress = Callable[[str, int, int], None]
@@ -21,6 +22,7 @@ def prepare_demo(out: Path, *, seed: int, mode: str, progress: Progress) -> tupl
 
     What is there already is kept. Raises RunDirectoryBusy for a folder with another seed or mode.
     """
+    from deploy.local.consortium import PUBLIC
     from deploy.local.synthetic import write_synthetic_sites
     from server.studies import study_template
 
@@ -35,7 +37,12 @@ def prepare_demo(out: Path, *, seed: int, mode: str, progress: Progress) -> tupl
         if not (data / site / "pairs.jsonl").is_file():
             shutil.rmtree(data / site, ignore_errors=True)
             write_synthetic_sites(data, sites=[site], seed=seed, progress=progress)
-    text = study_template(id="chest-demo", base="tiny", sites=SITES, mode=mode, patients=PATIENTS)
+    if not (data / PUBLIC / "pairs.jsonl").is_file():
+        shutil.rmtree(data / PUBLIC, ignore_errors=True)
+        write_synthetic_sites(data, sites=[PUBLIC], patients={PUBLIC: PUBLIC_PATIENTS}, seed=seed + 1)
+    text = study_template(
+        id="chest-demo", base="tiny", sites=SITES, mode=mode, patients=PATIENTS, accept_every_rounds=5
+    )
     if not manifest.is_file():
         write_atomic(manifest, text.encode())
     return manifest, data
