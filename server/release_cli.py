@@ -91,6 +91,52 @@ def root_install(
     answer({"repository": str(repository)}, as_json=as_json, text=lambda: f"{repository}: root installed")
 
 
+@release_app.command("make")
+def make(
+    study: StudyDirectory,
+    out: Annotated[Path, typer.Option("--out", help="The release folder to write.")],
+    evaluation: Annotated[
+        Path | None, typer.Option("--evaluation", help="JSON with metrics and by_group, for the model card.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write and log a finished study's adapter, manifest and model card, for the sites to witness."""
+    import json
+
+    from common.errors import ReleaseInvalid
+    from server.release_log import log_release, make_release, stated_site_epsilon
+
+    try:
+        given = json.loads(evaluation.read_text()) if evaluation else None
+    except (OSError, ValueError) as error:
+        raise ReleaseInvalid(f"{evaluation}: expected JSON with metrics, got none") from error
+    adapter = make_release(study, out, evaluation=given)
+    version = log_release(study, out, site_epsilon=stated_site_epsilon(study))
+    value = {"release": str(out), "version": version, "adapter": adapter}
+    text = (
+        f"{out}: version {version}, adapter {adapter[:16]}…\nrun the study once more: the sites cosign it; "
+        f"then: fedrad-server release prove {out} --study {study}"
+    )
+    answer(value, as_json=as_json, text=lambda: text)
+
+
+@release_app.command("prove")
+def prove(
+    release: Annotated[Path, typer.Argument(metavar="RELEASE", help="A release folder made by `make`.")],
+    study: StudyDirectory,
+    as_json: Json = False,
+) -> None:
+    """Write the offline ledger proof into a release folder; refused before a quorum has cosigned it."""
+    from server.release_log import log_release, prove_release, stated_site_epsilon
+
+    version = log_release(study, release, site_epsilon=stated_site_epsilon(study))
+    prove_release(study, release, version=version)
+    answer(
+        {"release": str(release), "version": version}, as_json=as_json,
+        text=lambda: f"{release}: version {version} is proven; publish it, or hand it over on a stick",
+    )  # fmt: skip
+
+
 @release_app.command("publish")
 def publish(
     release: Annotated[Path, typer.Argument(metavar="RELEASE", help="Release folder with its ledger proof.")],

@@ -1,6 +1,6 @@
 """A release's way through the ledger: logged by the operator, witnessed by the sites, proven to anyone.
 
-Three steps with a file each, so that they can be repeated: `log_release` appends the entry, a run of the
+Each step can be repeated: `make_release` writes the folder, `log_release` appends the entry, a run of the
 study's ServerApp gathers cosignatures, `prove_release` writes the offline proof beside the files.
 """
 
@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.config import Mode
 from common.errors import ReleaseInvalid
 from common.files import write_atomic
 from common.identity import load_key
 from common.ledger.checkpoint import parse_checkpoint
-from common.ledger.entries import Release
+from common.ledger.entries import DataUse, Release, RoundRecord
 from common.ledger.output_checks import ENTRY_NAME, PROOF_NAME
 from common.ledger.release_proof import list_files, origin_of
-from common.model.release import open_release
+from common.model.lora import read_adapter, vector_sha256
+from common.model.release import open_release, write_release
 from server.bundles import LEDGER_NAME
 from server.checkpoint import StudyDirectory
 from server.log import Log
+from server.model_card import Facts, model_card
 from server.study_log import StudyLog
 
 Clock = Callable[[], float]
@@ -68,6 +71,57 @@ def prove_release(directory: Path, folder: Path, *, version: int, clock: Clock =
         leaf = log.release_leaf(version)
         write_atomic(folder / ENTRY_NAME, leaf)
         write_atomic(folder / PROOF_NAME, log.proof(leaf))
+
+
+def make_release(
+    directory: Path, folder: Path, *, evaluation: Mapping[str, Any] | None = None, clock: Clock = time.time
+) -> str:
+    """Write the newest adapter of a finished study as a signed release folder; returns the adapter's hash.
+
+    evaluation: `metrics` and, where there, `by_group` for the card. Raises ReleaseInvalid before the end.
+    """
+    with _study_log(directory, clock) as (opened, log):
+        study = opened.study
+        initial = read_adapter(directory / "initial", study.adapter.tensors)
+        state = opened.load_state(initial)
+        if state.round + 1 < study.rounds:
+            raise ReleaseInvalid(
+                f"{directory}: expected {study.rounds} rounds, got {state.round + 1}; run it to its end"
+            )
+        logged = [body for body in log.bodies() if isinstance(body, RoundRecord) and body.adapter_out]
+        adapter = vector_sha256(state.adapter)
+        made = [body.number for body in logged if body.adapter_out == adapter]
+        if not made:
+            raise ReleaseInvalid(
+                f"{directory}: expected the adapter of a round, got the first one: nothing passed"
+            )
+        given = evaluation or {}
+        facts = Facts(
+            adapter_sha256=adapter, rounds=study.rounds,
+            site_epsilon=max((p.epsilon for body in logged for p in body.participations), default=0.0),
+            release_epsilon=log.release_epsilon,
+            data=list({body.site: body for body in log.bodies() if isinstance(body, DataUse)}.values()),
+            metrics=given.get("metrics", {}), by_group=given.get("by_group", {}),
+        )  # fmt: skip
+        write_release(
+            folder, study, state.adapter, load_key(opened.key_path), round=made[-1],
+            release_epsilon=log.release_epsilon, card=model_card(study, facts),
+        )  # fmt: skip
+        return adapter
+
+
+def stated_data(directory: Path, *, clock: Clock = time.time) -> list[DataUse]:
+    """Return what each site stated about its data last."""
+    with _study_log(directory, clock) as (_, log):
+        newest = {body.site: body for body in log.bodies() if isinstance(body, DataUse)}
+        return [newest[site] for site in sorted(newest)]
+
+
+def stated_site_epsilon(directory: Path, *, clock: Clock = time.time) -> float:
+    """Return the largest ε that a site stated in the study's log; 0 where none did."""
+    with _study_log(directory, clock) as (_, log):
+        rounds = [body for body in log.bodies() if isinstance(body, RoundRecord)]
+        return max((part.epsilon for body in rounds for part in body.participations), default=0.0)
 
 
 def ledger_head(directory: Path, *, clock: Clock = time.time) -> LedgerHead:

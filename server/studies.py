@@ -206,8 +206,8 @@ def resolve_study(
 ) -> Study:
     """Pin base files, adapter tensors, first adapter, public keys, noise and the public set.
 
-    public: folder of the operator's prepared public pairs, where the manifest has an acceptance test. What the
-    manifest already pins must agree. Raises BaseInvalid, ManifestInvalid, PublicSetInvalid, AccountantsDisagree.
+    public: folder of prepared public pairs, where the manifest has an acceptance test. What the manifest
+    already pins must agree. Raises BaseInvalid, ManifestInvalid, PublicSetInvalid, AccountantsDisagree.
     """
     files = hash_base(base)
     tensors = adapter_tensors(base, study.adapter)

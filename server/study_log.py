@@ -194,6 +194,10 @@ class StudyLog:
             return
         self._append([body])
 
+    def bodies(self) -> list[Body]:
+        """Return what this study's entries say, in order."""
+        return [entry.body for entry in self._book.entries() if entry.study == self._study.sha256]
+
     @property
     def release_epsilon(self) -> float:
         """What the last released round stated: the released sums' cost so far."""

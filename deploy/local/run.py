@@ -34,7 +34,7 @@ from deploy.local.measure import HeldOut, Scored, by_site, load_held_out, score
 from deploy.local.report import write_report
 from server.bundles import export_run
 from server.checkpoint import read_records
-from server.release_log import ledger_head, log_release, prove_release
+from server.release_log import ledger_head, log_release, prove_release, stated_data
 
 
 class Display(Protocol):
@@ -287,13 +287,21 @@ def _per_message(study: Study, traffic: dict[str, Any], direction: str) -> float
 
 
 def _release(consortium: LocalConsortium, vector: Vector, result: dict[str, Any]) -> None:
-    from server.model_card import model_card
+    from server.model_card import Facts, model_card
 
-    study = consortium.study
+    study, privacy, metrics = consortium.study, result["privacy"], result["metrics"]
+    facts = Facts(
+        adapter_sha256=vector_sha256(vector),
+        rounds=study.rounds,
+        site_epsilon=max((e for e in privacy["site_epsilon"].values() if e is not None), default=0.0),
+        release_epsilon=privacy["release_epsilon"] or 0.0,
+        data=stated_data(consortium.server),
+        metrics={name: one for name, one in metrics.items() if "finding_f1" in one},
+        by_group=metrics["federated_by_site"],
+    )
     write_release(
         consortium.out / "release", study, vector, load_key(consortium.server / "keys" / "message.key"),
-        round=study.rounds - 1, release_epsilon=result["privacy"]["release_epsilon"] or 0.0,
-        card=model_card(study, result, adapter_sha256=vector_sha256(vector)),
+        round=study.rounds - 1, release_epsilon=facts.release_epsilon, card=model_card(study, facts),
     )  # fmt: skip
 
 
