@@ -65,7 +65,8 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Score a release on held-out studies: findings, wording, controls, groups, against another release."""
-    from client.evaluate.running import Settings, evaluate
+    from client.evaluate.running import evaluate
+    from client.evaluate.settings import Settings
     from common.errors import EvaluationRefused
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

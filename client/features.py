@@ -63,7 +63,7 @@ def load_features(
         import torch
 
         pixels = torch.from_numpy(np.stack([load_pixels(images[i], base) for i in indices]))
-        return vision_features(model, pixels).float()
+        return vision_features(model, pixels).float().cpu()
 
     key = _cache_key(images, base_files)
     path = cache / f"features-{key}.npy"

@@ -52,8 +52,10 @@ class Journal:
 
 
 def write_drafts(
-    adapted: Any,
+    model: Any,
+    tokenizer: Any,
     *,
+    device: str,
     features: Callable[[Sequence[int]], torch.Tensor],
     keys: Sequence[str],
     indications: Sequence[str],
@@ -73,9 +75,9 @@ def write_drafts(
     for start in range(0, len(left), batch_size):
         rows = left[start : start + batch_size]
         written = generate_reports(
-            adapted.model,
-            adapted.tokenizer,
-            features=features(rows),
+            model,
+            tokenizer,
+            features=features(rows).to(device),
             indications=[indications[row] for row in rows],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,

@@ -30,6 +30,7 @@ def likelihoods(
     model: Any,
     tokenizer: Any,
     *,
+    device: str,
     features: torch.Tensor,
     reports: Sequence[str],
     template: str,
@@ -60,8 +61,9 @@ def likelihoods(
     with torch.no_grad():
         for column, example in enumerate(examples):
             for start in range(0, len(features), batch_size):
-                rows = features[start : start + batch_size]
+                rows = features[start : start + batch_size].to(device)
                 batch = collate([example] * len(rows), pad_token_id=tokenizer.pad_token_id or 0)
+                batch = {name: values.to(device) for name, values in batch.items()}
                 logits = forward_features(
                     model, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], features=rows
                 )
@@ -69,7 +71,9 @@ def likelihoods(
                 chosen = said.clamp(min=0)[..., None]
                 values = logits[:, :-1].float().log_softmax(-1).gather(-1, chosen)[..., 0]
                 mask = said != IGNORED
-                matrix[start : start + len(rows), column] = ((values * mask).sum(1) / mask.sum(1)).numpy()
+                matrix[start : start + len(rows), column] = (
+                    ((values * mask).sum(1) / mask.sum(1)).cpu().numpy()
+                )
             progress(column + 1, len(examples))
     return matrix
 

@@ -6,7 +6,8 @@
     <out>/result.json             figures, without any report's text
     <out>/report.html             the same to read
 
-Guarantees: release and base are verified before anything runs; a stopped evaluation goes on with the same
+Guarantees: release and base are verified before anything is written; what runs is loaded as for serving
+(float32 on a CPU, float16 or NF4 on a GPU, which was not run); a stopped evaluation goes on with the same
 command; results appear whole. The figures are the site's own and are exact: they are not for publication as
 they are (`federated.py` makes noised ones).
 """
@@ -17,27 +18,25 @@ import hashlib
 import importlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from client.data.store import Pair, read_pairs
-from client.evaluate.controls import negation_control, verdicts
 from client.evaluate.drafts import Journal, Progress, write_drafts
-from client.evaluate.intervals import Scores, bootstrap, compare, patient_sums
-from client.evaluate.judge import Ask
+from client.evaluate.intervals import patient_sums
 from client.evaluate.judged import judge_studies, judge_summary, judge_tables
 from client.evaluate.questions import Question, question_template, read_questions, tabulate_answers
+from client.evaluate.results import Written, examples_of, floats, result_of, scores_of
 from client.evaluate.retrieval import likelihoods, retrieval_scores
-from client.evaluate.scores import METRICS, Tables, per_finding, score, tabulate
-from client.evaluate.subgroups import LEAST_PATIENTS, group_studies, read_groups
+from client.evaluate.scores import METRICS, Tables, score, tabulate
+from client.evaluate.settings import Settings
 from common.canonical import canonical_json
 from common.errors import BaseInvalid, EvaluationRefused
 from common.files import write_atomic
-from common.model.manifest import verify_base
 from common.model.release import Release, open_release
 
 if TYPE_CHECKING:
@@ -46,42 +45,14 @@ if TYPE_CHECKING:
 _QUESTION_TOKENS = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What to evaluate on what; `metrics` maps a name to `module:function` of the site's own Python."""
-
-    release: Path
-    data: Path
-    out: Path
-    against: Path | None = None
-    split: str = "test"
-    limit: int = 0
-    base: Path | None = None
-    against_base: Path | None = None
-    groups: Path | None = None
-    questions: Path | None = None
-    retrieval: int = 0
-    judge_name: str = ""
-    ask: Ask | None = field(default=None, compare=False)
-    metrics: Mapping[str, str] = field(default_factory=dict)
-    weights: Path | None = None
-    resamples: int = 1000
-    seed: int = 0
-    batch_size: int = 32
-    examples: int = 0
-    operator_key: str | None = None
-    allow_unprotected: bool = False
-
-
 @dataclass(frozen=True)
-class _Written:
-    """One release's drafts and what was counted on them; rows are the held-out studies."""
+class _Loaded:
+    """A release on its base, on the device that this machine has."""
 
-    release: Release
-    drafts: list[str]
-    tables: Tables
-    shuffled: Scores
-    extra: dict[str, Any]
+    model: Any
+    tokenizer: Any
+    directory: Path
+    device: str
 
 
 def evaluate(settings: Settings, *, progress: Progress) -> dict[str, Any]:
@@ -102,17 +73,14 @@ def evaluate(settings: Settings, *, progress: Progress) -> dict[str, Any]:
         _run(settings, release, _base(release, base), pairs, progress)
         for release, base in zip(releases, bases, strict=False)
     ]
-    result = _result(settings, pairs, runs)
+    result = result_of(settings, pairs, runs)
     result["seconds"] = round(time.monotonic() - started, 1)
     from client.evaluate.report import render
 
-    examples = _examples(settings, pairs, runs[0])
+    examples = examples_of(settings, pairs, runs[0])
     write_atomic(settings.out / "report.html", render(result, examples).encode(), mode=0o600)
     write_atomic(settings.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
-
-
-# --- running ----------------------------------------------------------------------------------------------
 
 
 def _held_out(settings: Settings) -> list[Pair]:
@@ -129,13 +97,13 @@ def _held_out(settings: Settings) -> list[Pair]:
 
 def _enter(settings: Settings, releases: Sequence[Release]) -> None:
     """Keep the settings that decide the drafts; another evaluation in the folder is refused."""
-    with (settings.data / "pairs.jsonl").open("rb") as handle:
-        data = hashlib.file_digest(handle, "sha256").hexdigest()
     settings.out.mkdir(parents=True, exist_ok=True)
     run = canonical_json(
         {
             "adapters": [release.note.adapter_sha256 for release in releases],
-            "data": data,
+            "data": _sha256(settings.data / "pairs.jsonl"),
+            "questions": _sha256(settings.questions) if settings.questions else "",
+            "seed": settings.seed,
             "split": settings.split,
             "limit": settings.limit,
             "judge": settings.judge_name,
@@ -147,30 +115,45 @@ def _enter(settings: Settings, releases: Sequence[Release]) -> None:
     write_atomic(path, run)
 
 
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise EvaluationRefused(f"{path}: expected a file, got {type(error).__name__}") from error
+
+
 def _base(release: Release, given: Path | None) -> Path:
     from common.model.tiny import known_base
 
     directory = known_base(release.study.base.name, given)
     if directory is None:
         raise BaseInvalid(f"--base: expected the directory of base {release.study.base.name!r}, got none")
-    verify_base(directory, release.study.base.files)
     return directory
 
 
 def _run(
     settings: Settings, release: Release, base: Path, pairs: Sequence[Pair], progress: Progress
-) -> _Written:
+) -> Written:
     import torch
 
     from client.evaluation import shuffled
     from client.features import load_features
-    from common.model.loading import load_adapted
+    from client.serving.launch import engine_plan
+    from client.serving.source import ReleaseSource, load_source
 
     study, name = release.study, release.note.adapter_sha256[:12]
-    adapted = load_adapted(base, study.adapter)
-    adapted.write_vector(release.adapter)
+    source = ReleaseSource(
+        release.directory,
+        base,
+        operator_key=settings.operator_key,
+        allow_unprotected=settings.allow_unprotected,
+    )
+    plan = engine_plan(source, max_batch=settings.batch_size)
+    model, tokenizer, _ = load_source(source, plan)
+    loaded = _Loaded(model, tokenizer, base, plan.device)
     features = load_features(
-        adapted.model,
+        model,
         [settings.data / pair.images[0] for pair in pairs],
         base=base,
         base_files=study.base.files,
@@ -183,7 +166,9 @@ def _run(
 
     def write(images: Sequence[int], kind: str) -> list[str]:
         return write_drafts(
-            adapted,
+            model,
+            tokenizer,
+            device=plan.device,
             features=lambda rows: features.rows([images[row] for row in rows]),
             keys=keys,
             indications=indications,
@@ -206,17 +191,17 @@ def _run(
         extra["judge"] = judge_summary(settings.judge_name, judged)
     if settings.retrieval:
         extra["retrieval"] = _retrieval(
-            settings, adapted, study.training.max_tokens, features, truths, progress
+            settings, loaded, study.training.max_tokens, features, truths, progress
         )
     if settings.questions:
         asked = read_questions(settings.questions)
-        extra["questions"] = _questions(settings, asked, adapted, name, pairs, features, progress)
-    return _Written(release, drafts, tables, _floats(score(mixed)), extra)
+        extra["questions"] = _questions(settings, asked, loaded, name, pairs, features, progress)
+    return Written(release, drafts, tables, floats(score(mixed)), extra)
 
 
 def _retrieval(
     settings: Settings,
-    adapted: Any,
+    loaded: _Loaded,
     max_tokens: int,
     features: Features,
     truths: Sequence[str],
@@ -226,11 +211,12 @@ def _retrieval(
 
     count = min(settings.retrieval, len(truths))
     matrix = likelihoods(
-        adapted.model,
-        adapted.tokenizer,
+        loaded.model,
+        loaded.tokenizer,
+        device=loaded.device,
         features=features.rows(range(count)),
         reports=truths[:count],
-        template=prompt_template(adapted.directory),
+        template=prompt_template(loaded.directory),
         max_tokens=max_tokens,
         batch_size=settings.batch_size,
         progress=lambda done, total: progress("retrieval", done, total),
@@ -241,13 +227,13 @@ def _retrieval(
 def _questions(
     settings: Settings,
     asked: Sequence[Question],
-    adapted: Any,
+    loaded: _Loaded,
     name: str,
     pairs: Sequence[Pair],
     features: Features,
     progress: Progress,
 ) -> dict[str, Any]:
-    template = question_template(adapted.directory)
+    template = question_template(loaded.directory)
     row_of = {pair.study: row for row, pair in enumerate(pairs)}
     asked = [question for question in asked if question.study in row_of]
     if not asked:
@@ -256,7 +242,9 @@ def _questions(
         )
     rows = [row_of[question.study] for question in asked]
     answers = write_drafts(
-        adapted,
+        loaded.model,
+        loaded.tokenizer,
+        device=loaded.device,
         features=lambda asked: features.rows([rows[at] for at in asked]),
         keys=[f"{at}:{question.study}" for at, question in enumerate(asked)],
         indications=[question.question for question in asked],
@@ -269,7 +257,7 @@ def _questions(
     )
     tables = patient_sums(tabulate_answers(asked, answers), [pairs[row].patient for row in rows])
     closed = sum(question.closed for question in asked)
-    return {"closed": closed, "open": len(asked) - closed, "scores": _scores(tables, settings)}
+    return {"closed": closed, "open": len(asked) - closed, "scores": scores_of(tables, settings)}
 
 
 def _plugged(settings: Settings, drafts: list[str], truths: list[str]) -> Tables:
@@ -288,101 +276,3 @@ def _plugged(settings: Settings, drafts: list[str], truths: list[str]) -> Tables
             raise EvaluationRefused(f"--metric {name}: expected {len(drafts)} finite numbers")
         tables[name] = np.stack([values, np.ones(len(values))], axis=1)
     return tables
-
-
-# --- results ----------------------------------------------------------------------------------------------
-
-
-def _result(settings: Settings, pairs: Sequence[Pair], runs: Sequence[_Written]) -> dict[str, Any]:
-    patients = [pair.patient for pair in pairs]
-    truths = [pair.findings for pair in pairs]
-    sums = [patient_sums(run.tables, patients) for run in runs]
-    control = negation_control(truths)
-    first = runs[0]
-    scores = _scores(sums[0], settings)
-    plain = {name: entry["value"] for name, entry in scores.items()}
-    result: dict[str, Any] = {
-        "schema": 1,
-        "release": _about(first.release),
-        "data": {"split": settings.split, "studies": len(pairs), "patients": len(set(patients))},
-        "resamples": settings.resamples,
-        "scores": scores,
-        "shuffled_images": first.shuffled,
-        "negation_control": control,
-        "verdicts": verdicts(control, first.shuffled, plain),
-        "findings": per_finding(first.tables["finding_f1"]),
-        "subgroups": _subgroups(settings, pairs, first.tables),
-        **first.extra,
-    }
-    if len(runs) > 1:
-        other = _scores(sums[1], settings)
-        result["against"] = {
-            "release": _about(runs[1].release),
-            "scores": other,
-            "shuffled_images": runs[1].shuffled,
-            "comparison": compare(sums[0], sums[1], resamples=settings.resamples, seed=settings.seed),
-            **runs[1].extra,
-        }
-    return result
-
-
-def _scores(sums: Tables, settings: Settings) -> dict[str, dict[str, Any]]:
-    values = _floats(score(sums))
-    intervals = bootstrap(sums, resamples=settings.resamples, seed=settings.seed)
-    return {
-        name: {
-            "value": value,
-            "low": intervals[name][0],
-            "high": intervals[name][1],
-            "recommended": name in METRICS and METRICS[name].recommended,
-        }
-        for name, value in values.items()
-    }
-
-
-def _subgroups(settings: Settings, pairs: Sequence[Pair], tables: Tables) -> list[dict[str, Any]]:
-    table = read_groups(settings.groups) if settings.groups else {}
-    patients = [pair.patient for pair in pairs]
-    groups = group_studies([p.study for p in pairs], patients, [p.view for p in pairs], table)
-    found: list[dict[str, Any]] = []
-    for group in groups:
-        entry: dict[str, Any] = {"kind": group.kind, "name": group.name, "suppressed": group.suppressed}
-        if group.suppressed:
-            entry |= {
-                "patients": None,
-                "note": f"under {LEAST_PATIENTS} patients, or hidden with one that is",
-            }
-        else:
-            rows = list(group.rows)
-            part = {name: values[rows] for name, values in tables.items()}
-            entry |= {"patients": group.patients, "studies": len(rows)}
-            entry["scores"] = _scores(patient_sums(part, [patients[row] for row in rows]), settings)
-        found.append(entry)
-    return found
-
-
-def _about(release: Release) -> dict[str, Any]:
-    note = release.note
-    return {
-        "study": note.study,
-        "round": note.round,
-        "adapter": note.adapter_sha256,
-        "mode": note.mode,
-        "release_epsilon": note.release_epsilon or None,
-        "base": release.study.base.name,
-    }
-
-
-def _examples(settings: Settings, pairs: Sequence[Pair], run: _Written) -> list[dict[str, str]]:
-    """The worst and the best drafts, for the page; report text, so only when asked for."""
-    if not settings.examples:
-        return []
-    values = METRICS["statement_f1"].combine(run.tables["statement_f1"])
-    order = np.argsort(values, kind="stable")
-    half = (settings.examples + 1) // 2
-    rows = [*order[:half], *order[::-1][: settings.examples - half]]
-    return [{"truth": pairs[row].findings, "draft": run.drafts[row]} for row in rows]
-
-
-def _floats(values: Mapping[str, Any]) -> Scores:
-    return {name: float(value) for name, value in values.items()}

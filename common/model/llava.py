@@ -29,8 +29,10 @@ def vision_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     layer = llava.config.vision_feature_layer
     tower = llava.model.vision_tower
     with torch.no_grad():
-        kind = next(tower.parameters()).dtype
-        states = tower(pixel_values.to(kind), output_hidden_states=True, return_dict=True).hidden_states
+        first = next(tower.parameters())
+        states = tower(
+            pixel_values.to(first.device, first.dtype), output_hidden_states=True, return_dict=True
+        ).hidden_states
         chosen = [states[index] for index in ([layer] if isinstance(layer, int) else layer)]
         if llava.config.vision_feature_select_strategy == "default":
             chosen = [state[:, 1:] for state in chosen]

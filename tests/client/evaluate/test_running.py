@@ -15,8 +15,9 @@ import pytest
 
 from client.data.instructions import local_endpoint
 from client.evaluate.drafts import Journal
-from client.evaluate.running import Settings, evaluate
+from client.evaluate.running import evaluate
 from client.evaluate.scores import METRICS
+from client.evaluate.settings import Settings
 from common.config import Study
 from common.errors import BaseHashMismatch, EvaluationRefused, SignatureInvalid
 from common.model.lora import initial_vector
@@ -173,7 +174,9 @@ def test_what_cannot_be_evaluated_is_refused(given: Path, tmp_path: Path) -> Non
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"study": "s", "question": "q", "answer": "no"}\n')
     with pytest.raises(EvaluationRefused, match="answers no questions"):
-        evaluate(settings(given, out, limit=4, questions=questions), progress=quiet)
+        evaluate(settings(given, tmp_path / "asked", limit=4, questions=questions), progress=quiet)
+    with pytest.raises(EvaluationRefused, match="expected a file"):
+        evaluate(settings(given, out, limit=4, questions=tmp_path / "absent"), progress=quiet)
     (out / next(out.glob("drafts-*-own.jsonl")).name).write_text("no record\n")
     with pytest.raises(EvaluationRefused, match="expected a record"):
         evaluate(settings(given, out, limit=4), progress=quiet)
