@@ -59,7 +59,9 @@ def read_evidence(data: bytes) -> Any:
         for keyword in ("SOPInstanceUID", "SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID"):
             if not dataset.get(keyword):
                 raise ImageUnreadable(f"expected a DICOM image with {keyword}, got none")
-    except (InvalidDicomError, OSError, ValueError, AttributeError, EOFError) as error:
+        dataset.decode()
+        dataset.SpecificCharacterSet = "ISO_IR 192"  # names in any script, and words in any language
+    except (InvalidDicomError, OSError, ValueError, AttributeError, LookupError, EOFError) as error:
         raise ImageUnreadable(f"expected a DICOM image, got {type(error).__name__}") from error
     for keyword in _NEEDED:
         if keyword not in dataset:

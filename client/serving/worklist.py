@@ -200,7 +200,7 @@ def patient_of(dataset: Any) -> Patient:
 
     return _clean(
         Patient(
-            name=text_of(dataset, "PatientName").split("=")[0].replace("^", " "),
+            name=_name(text_of(dataset, "PatientName")),
             id=text_of(dataset, "PatientID"),
             birth_date=text_of(dataset, "PatientBirthDate"),
             sex=text_of(dataset, "PatientSex"),
@@ -222,6 +222,13 @@ def indication_of(dataset: Any) -> str:
         if text:
             return text
     return ""
+
+
+def _name(text: str) -> str:
+    """Write a DICOM name for reading: the ideographic form, where there is one, then the alphabetic."""
+    groups = [group.replace("^", " ").strip() for group in text.split("=")]
+    ideographic = groups[1].replace(" ", "") if len(groups) > 1 else ""
+    return " ".join(part for part in (ideographic, groups[0]) if part)
 
 
 def _clean(patient: Patient) -> Patient:

@@ -19,14 +19,15 @@ _TYPES = {
 
 
 def static_router() -> APIRouter:
-    """Serve every file of the static folder below /page/; /page/ itself is index.html."""
+    """Serve every file of the static folder below /page/; /page/ itself is index.html, and / leads there."""
     files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in _TYPES}
     tags = {name: f'"{sha256_hex(content)[:32]}"' for name, content in files.items()}
     router = APIRouter(include_in_schema=False)
 
+    @router.get("/")
     @router.get("/page")
     def page() -> RedirectResponse:
-        return RedirectResponse("/page/", status_code=308)
+        return RedirectResponse("/page/", status_code=307)
 
     @router.get("/page/")
     def index(request: Request) -> Response:

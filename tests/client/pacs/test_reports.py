@@ -16,6 +16,7 @@ from fhir.resources.R4B.diagnosticreport import DiagnosticReport
 
 from client.pacs.diagnostic_report import diagnostic_report, identifier_of
 from client.pacs.structured_report import ReportText, derived_uid, read_evidence, structured_report
+from client.serving.worklist import indication_of, patient_of
 from common.errors import ImageUnreadable
 from tests.client.pacs.nodes import SENTENCES, VERSION, chest, chest_bytes
 
@@ -93,6 +94,28 @@ def test_image_with_an_empty_header_still_gets_a_report() -> None:
     assert read(structured_report(evidence, TEXT, VERSION)).InstanceNumber == 1
     value = json.loads(diagnostic_report(evidence, TEXT, VERSION, issued=ISSUED))
     assert "subject" not in value and "effectiveDateTime" not in value
+
+
+@pytest.mark.parametrize(
+    ("characters", "name", "indication"),
+    [
+        ("GB18030", "Wang^XiaoDong=王^小东", "咳嗽两周"),
+        ("ISO_IR 192", "Wang^XiaoDong=王^小东", "咳嗽两周"),
+        ("ISO_IR 100", "Müller^Jörg", "Übelkeit"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎", "cough"),
+    ],
+)
+def test_names_in_any_script_survive(characters: str | list[str], name: str, indication: str) -> None:
+    image = chest(3)
+    image.SpecificCharacterSet, image.PatientName = characters, name
+    image.ReasonForTheRequestedProcedure = indication
+    stream = io.BytesIO()
+    image.save_as(stream, enforce_file_format=True)
+    evidence = read_evidence(stream.getvalue())
+    report = read(structured_report(evidence, replace(TEXT, indication=indication_of(evidence)), VERSION))
+    assert str(report.PatientName) == name and indication in values(report)
+    assert patient_of(evidence).name.endswith(name.split("=")[0].replace("^", " "))
+    assert "=" not in name or patient_of(evidence).name.startswith(name.split("=")[1].replace("^", ""))
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\0" * 128 + b"DICM" + b"rest"])

@@ -115,7 +115,7 @@ def test_refused_picture_says_why_in_two_languages(ask: httpx.Client) -> None:
     assert (first, last) == ("decision", "draft")
     assert whole["decision"]["refused"] and whole["decision"]["reason_zh"] == "这不是胸片。"
     assert ask.get(f"/cases/{case['id']}").json()["state"] == "refused"
-    assert ask.get(f"/cases/{case['id']}/grounding").status_code >= 400
+    assert ask.get(f"/cases/{case['id']}/grounding").status_code == 409
 
 
 def test_accepted_text_and_its_edits_are_on_the_access_log(page: RunningPage, ask: httpx.Client) -> None:
@@ -131,7 +131,8 @@ def test_accepted_text_and_its_edits_are_on_the_access_log(page: RunningPage, as
     assert payload["text"] == text and payload["drafted"] == whole["text"] and payload["edited_words"] == 3
     assert payload["picture"] == case["picture_sha256"] and payload["reading_s"] == 12.5
     assert ask.get(f"/cases/{case['id']}").json()["state"] == "accepted"
-    assert ask.post(f"/cases/{case['id']}/decision", json=body).json()["error"]["code"] == "CaseDecided"
+    again = ask.post(f"/cases/{case['id']}/decision", json=body)
+    assert again.status_code == 409 and again.json()["error"]["code"] == "CaseDecided"
     assert ask.post(f"/cases/{case['id']}/draft").json()["error"]["code"] == "CaseDecided"
 
 
@@ -197,6 +198,8 @@ def test_files_are_served_with_a_strict_policy_and_no_other_file_is(page: Runnin
             assert "default-src 'self'" in policy and "unsafe" not in policy
             again = client.get(f"/page/{name}", headers={"If-None-Match": answer.headers["etag"]})
             assert again.status_code == 304
+        for start in ("/", "/page"):
+            assert client.get(start).headers["location"] == "/page/"
         for name in ("__init__.py", "..%2fapi.py", "%2e%2e/api.py", ".env"):
             assert client.get(f"/page/{name}").status_code == 404
 
