@@ -18,21 +18,21 @@ from common.errors import FedRadError
 
 INTERRUPTED = 130
 _SHOW_AFTER_S = 3.0
+# click's own, or that of the click inside newer typers, which need no click beside them
+_USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def run_program(app: typer.Typer) -> None:
     """Run a typer app; a FedRadError becomes one line and exit code 1, Ctrl-C a line and 130."""
-    import click
-
     try:
         code = app(standalone_mode=False)
     except FedRadError as error:
         print(f"error: {error.code}: {error}", file=sys.stderr)
         code = 1
-    except click.ClickException as error:
+    except _USAGE_ERROR as error:
         error.show()
         code = error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)

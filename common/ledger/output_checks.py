@@ -10,7 +10,7 @@ from common.config import Mode, Study
 from common.errors import FedRadError
 from common.ledger.bundle import RECORDS_NAME
 from common.ledger.case import Case, StudyCase
-from common.ledger.checkpoint import parse_ledger_proof, verify_ledger_proof
+from common.ledger.checkpoint import parse_ledger_proof, verify_ledger_proof, witness_key
 from common.ledger.entries import (
     AdapterDecision,
     Outcome,
@@ -247,7 +247,11 @@ def _check_proof(
         return [Problem(f"{name}: the offline ledger proof is missing", f"releases/{body.version}")]
     try:
         proof = parse_ledger_proof(folder[PROOF_NAME])
-        verify_ledger_proof(folder[ENTRY_NAME], proof, log=case.bundle.log, witnesses=(), quorum=0)
+        cohort = study.manifest.cohort
+        witnesses = [witness_key(s.id, bytes.fromhex(s.witness_key)) for s in cohort.site if s.witness_key]
+        verify_ledger_proof(
+            folder[ENTRY_NAME], proof, log=case.bundle.log, witnesses=witnesses, quorum=cohort.witness_quorum
+        )
         if case.entries[proof.index].body != body:
             return [Problem(f"{name}: the offline proof is of another entry", f"releases/{body.version}")]
     except (FedRadError, IndexError) as error:

@@ -678,7 +678,7 @@ def site_record(
         "learning_rate": 0.001, "sampling_rate": entry.sampling_rate, "patients": entry.patients,
         "mode": "consortium", "site_epsilon": site, "release_epsilon": release, "time_unix_s": ledger.time_s,
         "site_share_sigma_units": entry.participations[0].sigma_units,
-        "server_sigma_units": entry.server_sigma_units,
+        "server_sigma_units": entry.server_sigma_units, "rolled_back_to": "",
         **fields,
     }  # fmt: skip
     names = SiteRecord.__dataclass_fields__
