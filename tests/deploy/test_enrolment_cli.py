@@ -1,0 +1,106 @@
+"""Enrolment as two people do it with files and a telephone: both programs' commands, in turn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from common.errors import EnrolmentInvalid, FingerprintMismatch, SiteRevoked
+from deploy.server.cli import app as server_app
+from deploy.site.cli import app as site_app
+
+
+@pytest.fixture()
+def call(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command of either program with --json; a refusal is raised, as `run_program` would name it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+
+    def run(app: typer.Typer, *arguments: str) -> Any:
+        app([*arguments, "--json"], standalone_mode=False)
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def enrol(call: Any, site: str = "north", *more: str) -> dict[str, Any]:
+    found: dict[str, Any] = call(site_app, "enrol", site, "--data", "data", "--home", site, *more)
+    return found
+
+
+def test_two_people_enrol_renew_rotate_revoke_and_begin_again(call: Any) -> None:
+    operator = call(server_app, "init", "lab", "--address", "localhost:8443", "--home", "srv")
+    asked = enrol(call)
+    approve = ("site", "approve", asked["request"], "--home", "srv", "--out", "north.bundle")
+    with pytest.raises(FingerprintMismatch):
+        call(server_app, *approve, "--fingerprint", operator["fingerprint"])
+    call(server_app, *approve, "--fingerprint", asked["fingerprint"].upper())
+    install = ("enrol", "--home", "north", "--bundle", "north.bundle")
+    with pytest.raises(EnrolmentInvalid, match="telephone"):
+        call(site_app, *install)
+    with pytest.raises(FingerprintMismatch):
+        call(site_app, *install, "--operator", asked["fingerprint"])
+    shown = call(server_app, "show", "--home", "srv")
+    assert call(site_app, *install, "--operator", shown["fingerprint"])["server"] == "localhost:8443"
+
+    call(site_app, "renew", "--home", "north", "--out", "renewal.json")
+    call(server_app, "site", "renew", "renewal.json", "--home", "srv", "--out", "north.bundle")
+    call(site_app, *install)
+
+    rotation = call(site_app, "rotate", "--home", "north")
+    assert rotation["changes"] == ["tls", "node"]
+    call(
+        server_app, "site", "rotate", rotation["request"], "--fingerprint", rotation["fingerprint"],
+        "--home", "srv", "--out", "north.bundle",
+    )  # fmt: skip
+    call(site_app, *install)
+
+    [listed] = call(server_app, "site", "list", "--home", "srv")
+    assert listed["state"] == "approved" and listed["message_key"] == asked["message_key"]
+    assert call(server_app, "site", "revoke", "north", "--home", "srv")["state"] == "revoked"
+    with pytest.raises(SiteRevoked):
+        call(server_app, "site", "renew", "renewal.json", "--home", "srv")
+
+    again = enrol(call, "north", "--new-keys")
+    assert again["message_key"] != asked["message_key"]
+    call(server_app, *approve, "--fingerprint", again["fingerprint"])
+    call(site_app, *install)  # the operator is known by now
+    assert call(site_app, "status", "--home", "north")["enrolled"]["consortium"] == "lab"
+
+
+def test_a_study_goes_from_manifest_to_waiting_for_approvals(call: Any) -> None:
+    call(server_app, "init", "lab", "--address", "localhost:8443", "--home", "srv")
+    for site in ("north", "south"):
+        asked = enrol(call, site)
+        call(
+            server_app, "site", "approve", asked["request"], "--fingerprint", asked["fingerprint"],
+            "--home", "srv", "--out", f"{site}.bundle",
+        )  # fmt: skip
+    call(server_app, "study", "init", "chest.toml", "--sites", "north,south", "--mode", "plain")
+    submitted = call(server_app, "study", "submit", "chest.toml", "--home", "srv")
+    assert submitted["missing"] == {"north": "has not approved", "south": "has not approved"}
+    shown = call(server_app, "show", "--home", "srv")
+    call(site_app, "enrol", "--home", "north", "--bundle", "north.bundle", "--operator", shown["fingerprint"])
+    call(site_app, "study", "receive", f"{submitted['directory']}/study.json", "--home", "north")
+    approval = call(site_app, "study", "approve", "chest", "--home", "north")["approval"]
+    taken = call(server_app, "study", "approval", "chest", "north", approval, "--home", "srv")
+    assert taken["missing"] == {"south": "has not approved"}
+    assert call(server_app, "study", "list", "--home", "srv")[0]["missing"] == taken["missing"]
+    withdrawn = call(server_app, "study", "approval", "chest", "north", "-", "--home", "srv")
+    assert set(withdrawn["missing"]) == {"north", "south"}
+    assert call(server_app, "study", "resume", "chest", "--home", "srv") == {"study": "chest"}
+
+
+@pytest.mark.parametrize("arguments", [("enrol",), ("enrol", "north")])
+def test_enrol_without_site_or_data_is_a_usage_error(call: Any, arguments: tuple[str, ...]) -> None:
+    with pytest.raises(typer.BadParameter, match="SITE and --data"):
+        call(site_app, *arguments)
+
+
+def test_a_wrong_reason_is_a_usage_error(call: Any) -> None:
+    with pytest.raises(typer.BadParameter, match="left, compromised"):
+        call(server_app, "site", "revoke", "north", "--reason", "angry", "--home", "srv")
