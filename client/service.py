@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
@@ -186,10 +186,7 @@ class AgentService:
         try:
             with self._call(), self._turns.hold(context.is_active):
                 watchdog.allow(0)
-                request = _join(frames, limit=limit)
-                watchdog.rest()
-                reply = self._agent.handle(stage, request)
-                del request
+                reply = self._agent.handle(stage, cast(bytes, self._read(frames, limit, watchdog)))
                 watchdog.allow(len(reply))
                 yield from _frames(reply)
         except FedRadError as error:
@@ -198,6 +195,11 @@ class AgentService:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{error.code}: {error}")
         finally:
             watchdog.rest()
+
+    def _read(self, frames: Iterator[Any], limit: Callable[[bytes], int], watchdog: Watchdog) -> bytearray:
+        request = _join(frames, limit=limit)
+        watchdog.rest()
+        return request
 
     def _watch(self, context: Any) -> Iterator[Any]:
         with self._counting:
@@ -249,7 +251,7 @@ def start_service(
     return AgentService(agent, board, socket_path, version=version, group=group, limits=limits)
 
 
-def call_agent(address: str, stage: Stage, envelope: bytes, *, timeout_s: float) -> bytes:
+def call_agent(address: str, stage: Stage, envelope: bytes | bytearray, *, timeout_s: float) -> bytearray:
     """Relay one message to the agent at `unix:PATH`; raises AgentUnavailable or AgentRefused."""
     with grpc.insecure_channel(address, options=_OPTIONS) as channel:
         stub = agent_pb2_grpc.SiteAgentStub(channel)
@@ -276,21 +278,22 @@ def _refused(error: FedRadError) -> None:
     log.warning("refused a call: %s: %s", error.code, error)
 
 
-def _frames(data: bytes) -> Iterator[Any]:
+def _frames(data: bytes | bytearray) -> Iterator[Any]:
     view = memoryview(data)
     for start in range(0, max(1, len(data)), FRAME_BYTES):
         yield agent_pb2.Frame(data=bytes(view[start : start + FRAME_BYTES]))
 
 
-def _join(frames: Iterator[Any], *, limit: Callable[[bytes], int] = lambda start: MAX_MESSAGE_BYTES) -> bytes:
+def _join(
+    frames: Iterator[Any], *, limit: Callable[[bytes], int] = lambda start: MAX_MESSAGE_BYTES
+) -> bytearray:
     """Join a message's frames; its first one says how long it may be, so that no more is ever kept."""
-    parts: list[bytes] = []
-    size = most = 0
+    whole = bytearray()
+    most: int | None = None
     for frame in frames:
-        if not parts:
+        if most is None:
             most = min(MAX_MESSAGE_BYTES, limit(frame.data))
-        size += len(frame.data)
-        if size > most:
+        if len(whole) + len(frame.data) > most:
             raise BodyTooLarge(f"expected a message of at most {most} bytes, got more")
-        parts.append(frame.data)
-    return b"".join(parts)
+        whole += frame.data
+    return whole

@@ -40,6 +40,6 @@ def parse_canonical(data: bytes, *, max_bytes: int) -> Any:
     return value
 
 
-def sha256_hex(data: bytes) -> str:
+def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     """SHA-256 of bytes as 64 lower-case hex digits."""
     return hashlib.sha256(data).hexdigest()

@@ -41,6 +41,7 @@ MAX_OVERHEAD_BYTES = 8 + MAX_HEADER_BYTES + 64
 MAX_META_BYTES = 8 << 20
 SERVER = "server"
 GENESIS = "0" * 64
+Bytes = bytes | bytearray | memoryview
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
 
@@ -83,10 +84,10 @@ class Header:
 
 @dataclass(frozen=True)
 class Message:
-    """A verified message and the SHA-256 of all its bytes."""
+    """A verified message and the SHA-256 of all its bytes; the body is a view of them, not a copy."""
 
     header: Header
-    body: bytes
+    body: memoryview
     sha256: str
 
 
@@ -146,12 +147,12 @@ def seal_reply(key: SigningKey, request: Message, *, nonce: str, body: bytes, re
     return seal(key, header, body)
 
 
-def read_header(data: bytes, *, max_body_bytes: int) -> Header:
+def read_header(data: Bytes, *, max_body_bytes: int) -> Header:
     """Parse the frame and header of a message without trusting it; nothing is verified yet."""
     return _split(data, max_body_bytes=max_body_bytes)[0]
 
 
-def open_message(data: bytes, *, keys: Mapping[str, str], expected: Expected, max_body_bytes: int) -> Message:
+def open_message(data: Bytes, *, keys: Mapping[str, str], expected: Expected, max_body_bytes: int) -> Message:
     """Verify a message against pinned keys (`{sender: public hex}`) and the receiver's expectations.
 
     Raises BodyTooLarge, EnvelopeMalformed, VersionUnsupported, UnknownSender, SignatureInvalid,
@@ -211,7 +212,7 @@ def pack_body(meta: Mapping[str, Any], *parts: Any) -> bytes:
 
 
 def unpack_body(
-    body: bytes, *, fields: Mapping[str, type], parts: int = 0
+    body: Bytes, *, fields: Mapping[str, type], parts: int = 0
 ) -> tuple[dict[str, Any], list[memoryview]]:
     """Split a body; its JSON part must have exactly `fields` (name → type) and `parts` binary parts.
 
@@ -223,7 +224,7 @@ def unpack_body(
     if length > MAX_META_BYTES or 4 + length > len(body):
         raise EnvelopeMalformed(f"body: expected a JSON part of {length} bytes, got {len(body) - 4} in all")
     try:
-        meta = parse_canonical(body[4 : 4 + length], max_bytes=MAX_META_BYTES)
+        meta = parse_canonical(bytes(body[4 : 4 + length]), max_bytes=MAX_META_BYTES)
     except NotCanonical as error:
         raise EnvelopeMalformed(f"body: {error}") from error
     if not isinstance(meta, dict) or set(meta) != {*fields, "parts"}:
@@ -249,7 +250,7 @@ def _cut(blob: memoryview, sizes: Any, count: int) -> list[memoryview]:
     return cut
 
 
-def _split(data: bytes, *, max_body_bytes: int) -> tuple[Header, bytes, bytes, bytes]:
+def _split(data: Bytes, *, max_body_bytes: int) -> tuple[Header, bytes, bytes, memoryview]:
     most = max_body_bytes + MAX_OVERHEAD_BYTES
     if len(data) > most:
         raise BodyTooLarge(f"expected a message of at most {most} bytes, got {len(data)}")
@@ -258,11 +259,12 @@ def _split(data: bytes, *, max_body_bytes: int) -> tuple[Header, bytes, bytes, b
     length = int.from_bytes(data[4:8], "big")
     if length > MAX_HEADER_BYTES or len(data) < 8 + length + 64:
         raise EnvelopeMalformed(f"expected a header of at most {MAX_HEADER_BYTES} bytes, got length {length}")
-    encoded = data[8 : 8 + length]
+    view = memoryview(data).toreadonly()
+    encoded = bytes(view[8 : 8 + length])
     header = parse_header(encoded)
     if header.body_bytes > max_body_bytes:
         raise BodyTooLarge(f"expected a body of at most {max_body_bytes} bytes, got {header.body_bytes}")
-    return header, encoded, data[8 + length : 72 + length], data[72 + length :]
+    return header, encoded, bytes(view[8 + length : 72 + length]), view[72 + length :]
 
 
 def _verify_place(header: Header, expected: Expected) -> None:

@@ -1,4 +1,4 @@
-"""A TCP proxy that cuts all connections once enough bytes have gone up, and for a while lets nobody through."""
+"""A TCP proxy that cuts all connections once enough bytes went up, and for a while lets nobody through."""
 
 from __future__ import annotations
 
@@ -49,7 +49,11 @@ class CuttingProxy:
             if time.monotonic() < self._until:
                 self._end(near)
                 continue
-            far = socket.create_connection(self._target)
+            try:
+                far = socket.create_connection(self._target)
+            except OSError:
+                self._end(near)
+                continue
             pair = (near, far)
             with self._lock:
                 self._pairs.add(pair)

@@ -183,7 +183,7 @@ def relay() -> Target:
         if not isinstance(value, dict) or not all(isinstance(fields, dict) for fields in value.values()):
             return
         records = {name: {k: flower_value(v) for k, v in fields.items()} for name, fields in value.items()}
-        stage, joined = join_envelope(records)
+        stage, joined = join_envelope({name: dict(fields) for name, fields in records.items()})
         if split_envelope(stage, joined) != records:
             raise ValueError("expected the one split of an envelope")
 
