@@ -115,8 +115,9 @@ def test_least_status_says_which_doubts_count() -> None:
 @pytest.mark.realdata
 @pytest.mark.skipif(not REPORTS.is_dir(), reason="needs ../shared/data/iu-xray")
 @pytest.mark.parametrize("half", ["developed on", "held out", "all"])
-def test_real_reports_get_the_labels_of_the_experts(half: str) -> None:
+@pytest.mark.parametrize("vocabulary", list(Vocabulary))
+def test_real_reports_get_the_labels_of_the_experts(half: str, vocabulary: Vocabulary) -> None:
     """Micro-F1 at least 0.85 over the findings with ten cases or more, also on reports never looked at."""
-    scores = score_labeller(REPORTS, half)
-    assert scores["cases"] >= 150
+    scores = score_labeller(REPORTS, half, vocabulary=vocabulary)
+    assert scores["cases"] >= 100
     assert scores["micro_f1"] >= 0.85
