@@ -234,7 +234,8 @@ def _collect(attempt: Attempt) -> tuple[Collected, Protected | None, str]:
 def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
     """Choose the cohort of a new attempt and make its random parts durable before anything is sent.
 
-    A site that was not ready before is greeted first; one that is not ready now stays out of this attempt.
+    A site that was not ready before is greeted first; one that is not ready now stays out of this attempt. A
+    masked round whose keys came with the round before, and lack a site that is back, begins with attempt 2.
     """
     study = run.study
     if attempt > study.cohort.max_attempts:
@@ -250,6 +251,10 @@ def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
         code=run.code, lockfile=run.lockfile, software=software(),
     )  # fmt: skip
     ready = [site for site in present if site in run.histories]
+    if attempt == 1 and study.masked and study.cohort.max_attempts > 1:
+        prepared = MaskingBook(run.opened.directory, study).prepared(round)
+        if prepared is not None and set(ready) - set(prepared):
+            attempt = 2  # somebody is back: keys for everyone, in exchanges of their own
     pending = plan_attempt(
         study, round=round, attempt=attempt, cohort=ready, histories=run.histories, sizes=run.log.sizes,
         now_unix_s=run.clock(),
@@ -279,6 +284,7 @@ def _greet(run: Run, sites: Iterable[str], *, until_unix_s: float, train: bool =
 
     def accept(site: str, reply: Message) -> None:
         hello = parse_hello(reply)
+        run.log.verify_approval(site, hello.approval)
         for statement in hello.statements:
             run.log.verify_own(site, statement)
         run.log.saw(site, hello.seen_size)

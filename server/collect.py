@@ -224,6 +224,11 @@ class MaskingBook:
             state = {**state, "uploads": [], "added": [], "adding": None}
         return ServerRound.from_json(state, terms=terms, identities=self._identities)
 
+    def prepared(self, round: int) -> tuple[str, ...] | None:
+        """Name the sites whose keys for a round came with the round before; None where none did."""
+        machine = self.read(round, 1)
+        return None if machine.stage is ServerStage.KEYS else machine.key_set.sites
+
     def write(self, *machines: ServerRound) -> None:
         """Make machines durable; those of rounds behind the first one are dropped."""
         first = machines[0].terms.round

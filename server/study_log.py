@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from common.canonical import sha256_hex
-from common.config import Study
+from common.config import Study, format_study
 from common.errors import EntryInvalid, FedRadError, LedgerInvalid
 from common.identity import Purpose, SigningKey, verify_signature
 from common.ledger.checkpoint import format_ledger_proof, verify_quorum, witness_key
@@ -90,11 +90,9 @@ class StudyLog:
     ) -> None:
         """Log the study, the sites' approvals and their own entries, as far as they are not logged yet.
 
-        approvals: 64-byte signatures of the manifest; statements: entries that `verify_own` let pass. Raises
-        SignatureInvalid, naming no entry, for an approval that its site did not make.
+        approvals: 64-byte signatures of the manifest that `verify_approval` let pass; statements: entries that
+        `verify_own` let pass.
         """
-        from common.config import format_study
-
         stated = [parse_entry(statement) for statement in statements]
         new = {signed_bytes(entry): entry for entry in stated if signed_bytes(entry) not in self._stated}
         enrolments = [self._dated(entry) for entry in new.values() if isinstance(entry.body, Enrolment)]
@@ -105,13 +103,16 @@ class StudyLog:
             bodies.append(opened)
         for site, signature in sorted(approvals.items()):
             if site not in self._approved:
-                verify_signature(
-                    self._study.site(site).message_key, Purpose.APPROVAL, format_study(self._study), signature
-                )
+                self.verify_approval(site, signature)
                 approve = Decision.APPROVE
                 bodies.append(Approval(site=site, decision=approve, policy="", signature=signature.hex()))
         self._append(bodies)
         self._append_entries([self._dated(e) for e in new.values() if isinstance(e.body, DataUse)])
+
+    def verify_approval(self, site: str, signature: bytes) -> None:
+        """Raise SignatureInvalid unless the site signed this study's manifest."""
+        key = self._study.site(site).message_key
+        verify_signature(key, Purpose.APPROVAL, format_study(self._study), signature)
 
     def verify_own(self, site: str, statement: bytes) -> None:
         """Raise unless this is the site's own signed entry about its keys or its data in this study.

@@ -132,6 +132,39 @@ def test_the_operator_that_signs_another_log_is_refused_by_every_site(make: Make
     assert len(reasons) == 4 and all("LogShrunk" in r or "LogForked" in r for r in reasons)
 
 
+def test_a_site_whose_approval_is_none_is_not_ready_and_the_study_goes_on(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import client.agent
+
+    world = make(mode="plain", rounds=1)
+    real = client.agent.read_approval
+    monkeypatch.setattr(
+        client.agent, "read_approval",
+        lambda home, study: bytes(64) if home.site == "beta" else real(home, study),
+    )  # fmt: skip
+    world.run()
+    assert read_records(world.server)[0].record.contributors == ("alpha", "delta", "gamma")
+    lines = [json.loads(line) for line in (world.server / "log.jsonl").read_text().splitlines()]
+    reasons = [e["reason"] for e in lines if e["event"] == "site-not-ready"]
+    assert reasons and all(r.startswith("SignatureInvalid") for r in reasons)
+    audited(world)
+
+
+def test_a_site_that_states_keys_of_another_is_not_ready(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import client.agent
+
+    world = make(mode="plain", rounds=1)
+    real = client.agent.statements
+
+    def swapped(home: Any, *args: Any, **kwargs: Any) -> Any:
+        return real(world.agent("alpha").home if home.site == "beta" else home, *args, **kwargs)
+
+    monkeypatch.setattr(client.agent, "statements", swapped)
+    world.run()
+    assert read_records(world.server)[0].record.contributors == ("alpha", "delta", "gamma")
+
+
 # --- acceptance and rollback --------------------------------------------------------------------------------
 
 
