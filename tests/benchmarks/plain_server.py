@@ -35,7 +35,7 @@ class TimedFedAvg(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         replies = list(replies)
-        print(f"exchange {server_round} took {time.monotonic() - self._sent:.3f} s", flush=True)
+        print(f"large exchange took {time.monotonic() - self._sent:.3f} s", flush=True)
         return super().aggregate_train(server_round, replies)
 
 

@@ -1,0 +1,79 @@
+"""A full disk, at a site and at the server: real ENOSPC on a small tmpfs; needs root to mount one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.faults.consortium import faulty
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a tmpfs"),
+    pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx"),
+]
+
+
+@contextmanager
+def small_disk(path: Path, *, megabytes: int) -> Iterator[None]:
+    path.mkdir()
+    mounted = subprocess.run(
+        ["/bin/mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=0700", "tmpfs", str(path)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("this container may not mount a tmpfs")
+    try:
+        yield
+    finally:
+        subprocess.run(["/bin/umount", "--lazy", str(path)], check=True)
+
+
+@contextmanager
+def full(path: Path) -> Iterator[None]:
+    """Fill a disk to its last byte; it has room again on leaving."""
+    filler = path / "filler"
+    with filler.open("wb", buffering=0) as handle:
+        try:
+            while True:
+                handle.write(b"\0" * 4096)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@pytest.mark.parametrize("whose", ["alpha", "srv"])
+def test_a_full_disk_is_waited_out_and_changes_nothing(tmp_path: Path, whose: str) -> None:
+    with small_disk(tmp_path / whose, megabytes=200), faulty(tmp_path) as consortium:
+        study = consortium.submit("undisturbed")
+        consortium.finish(study)
+        adapter = consortium.adapter(study)
+        study = consortium.submit("disturbed")
+        consortium.at(study, "keys", "alpha")
+        with full(tmp_path / whose):
+            time.sleep(20)
+            assert all(process.poll() is None for process in consortium.lab.processes.values()), (
+                f"a full disk ended `up`: {consortium.lab.log(whose)}"
+            )
+            assert not consortium.over(study), "the study ended on a full disk"
+        consortium.finish(study)
+        assert consortium.verify_outcome(study, adapter=adapter) == ""
+
+
+def test_the_disk_of_these_tests_is_really_full(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", megabytes=1):
+        with full(tmp_path / "disk"), pytest.raises(OSError, match="No space left"):
+            (tmp_path / "disk" / "one-more").write_bytes(b"x")
+        (tmp_path / "disk" / "one-more").write_bytes(b"x")
