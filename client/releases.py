@@ -32,7 +32,7 @@ from common.errors import (
     RollbackNotPermitted,
     VersionUnknown,
 )
-from common.files import append_durable, sync_directory, write_atomic
+from common.files import append_durable, cut_torn_line, sync_directory, write_atomic
 from common.ledger.entries import Release
 from common.ledger.release_proof import (
     LedgerTrust,
@@ -101,7 +101,8 @@ class ModelStore:
 
     def decisions(self) -> list[dict[str, Any]]:
         path = self.directory / "decisions.jsonl"
-        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+        data = path.read_bytes() if path.is_file() else b""
+        return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
 
     def pull(self, source: str, *, version: int | None = None, allow_unprotected: bool = False) -> int:
         """Fetch a version (default: the newest) from an https URL or a folder; returns the version.
@@ -187,6 +188,7 @@ class ModelStore:
 
     def _decide(self, *, time_s: int, frm: int, to: int, why: str, by: str) -> None:
         line = canonical_json({"by": by, "frm": frm, "time_s": time_s, "to": to, "why": why})
+        cut_torn_line(self.directory / "decisions.jsonl")
         append_durable(self.directory / "decisions.jsonl", line + b"\n")
 
     def _fetch_rollbacks(self, updater: Any, names: frozenset[str]) -> None:

@@ -27,6 +27,15 @@ def write_atomic(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> 
     sync_directory(path.parent)
 
 
+def cut_torn_line(path: Path) -> bytes:
+    """Cut off a log's torn last line, left by a crash in the middle of an append; returns what stays."""
+    data = path.read_bytes() if path.is_file() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) != len(data):
+        write_atomic(path, whole, mode=path.stat().st_mode & 0o777)
+    return whole
+
+
 def append_durable(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Append bytes to `path` and fsync before returning; the caller owns record framing."""
     new = not path.exists()

@@ -30,7 +30,7 @@ import numpy as np
 from common.canonical import canonical_json
 from common.config import Study, parse_study, verify_resolved
 from common.errors import CheckpointInvalid, RunDirectoryBusy
-from common.files import append_durable, sync_directory, write_atomic
+from common.files import append_durable, cut_torn_line, sync_directory, write_atomic
 from common.identity import Purpose, verify_signature
 from common.model.lora import Vector, read_adapter, vector_sha256, write_adapter
 from common.records import SignedRecord, signed_from_json, signed_to_json
@@ -88,6 +88,7 @@ class StudyDirectory:
             self._lock.close()
             raise RunDirectoryBusy(f"{directory}: expected no other server on this study, got one") from error
         try:
+            cut_torn_line(directory / "log.jsonl")
             self.study = read_signed_study(directory)
             self._records = self._read_records()
         except BaseException:
@@ -216,14 +217,8 @@ class StudyDirectory:
 
     def _read_records(self) -> list[SignedRecord]:
         path = self.directory / "records.jsonl"
-        if not path.is_file():
-            return []
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) != len(data):
-            write_atomic(path, whole)
         try:
-            return [signed_from_json(json.loads(line)) for line in whole.splitlines()]
+            return [signed_from_json(json.loads(line)) for line in cut_torn_line(path).splitlines()]
         except ValueError as error:
             raise CheckpointInvalid(
                 f"{path}: expected one signed record a line, got something else"

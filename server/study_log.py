@@ -88,10 +88,10 @@ class StudyLog:
         lockfile: str,
         software: str,
     ) -> None:
-        """Log the study, the sites' approvals and their own entries, as far as they are not logged yet.
+        """Log the study, the sites' approvals and their own entries, unless they are logged already.
 
-        approvals: 64-byte signatures of the manifest that `verify_approval` let pass; statements: entries that
-        `verify_own` let pass.
+        approvals: 64-byte signatures of the manifest that `verify_approval` let pass; statements: entries
+        that `verify_own` let pass.
         """
         stated = [parse_entry(statement) for statement in statements]
         new = {signed_bytes(entry): entry for entry in stated if signed_bytes(entry) not in self._stated}

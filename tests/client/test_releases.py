@@ -300,6 +300,15 @@ def test_a_forged_permission_is_refused(consortium: Consortium, two: ModelStore)
         two.rollback(time_s=3, by=USER)
 
 
+def test_a_torn_last_decision_is_cut_off_before_the_next(two: ModelStore) -> None:
+    path = two.directory / "decisions.jsonl"
+    before = two.decisions()
+    path.write_bytes(path.read_bytes() + b'{"by": "local')
+    assert two.decisions() == before
+    two.rollback(time_s=300, by=USER, pin_reason="a look at the older one")
+    assert [decision["to"] for decision in two.decisions()] == [*(d["to"] for d in before), 1]
+
+
 def test_using_the_current_version_again_changes_nothing(two: ModelStore) -> None:
     assert two.use(2, time_s=9, by=USER) == Current(2, 1)
     assert len(two.decisions()) == 2
