@@ -315,6 +315,8 @@ def check_data(facts: DataFacts) -> Finding:
     """The prepared data: that it is there and holds together; counts only as the card's buckets."""
     if facts.problem:
         todo = "`fedrad-site data check` says more; `fedrad-site data import` makes it"
+        if facts.problem == "PermissionError":
+            todo = "let the site's user read the folder and all in it; it needs no right to write"
         return Finding("data", State.FAIL, f"{facts.directory}: {facts.problem}", todo)
     if facts.image_missing:
         return Finding(

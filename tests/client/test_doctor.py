@@ -183,3 +183,8 @@ def test_the_command_prints_one_document_and_its_exit_code_says_whether_to_repai
     assert value["state"] == "fail"
     assert {"check", "state", "seen", "todo"} == set(value["findings"][0])
     assert [one["check"] for one in value["findings"] if one["state"] == "fail"][-1] == "site"
+
+
+def test_data_that_this_user_may_not_read_is_told_apart() -> None:
+    facts = replace(WELL, data=DataFacts("/d", "PermissionError"))
+    assert "read the folder" in named(facts, "data").todo
