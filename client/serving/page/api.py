@@ -92,10 +92,11 @@ def api_router(room: ReadingRoom) -> APIRouter:
         user: User, id: str, response: Response, count: Annotated[int, Query(ge=1, le=20)] = 6
     ) -> dict[str, Any]:
         response.headers.update(_PRIVATE)
-        found, (done, total) = await room.similar(id, count=count)
+        found = await room.similar(id, count=count)
         return {
-            "indexed": done,
-            "total": total,
+            "ready": found.ready,
+            "indexed": found.indexed,
+            "total": found.total,
             "cases": [
                 {
                     "number": one.number,
@@ -106,7 +107,7 @@ def api_router(room: ReadingRoom) -> APIRouter:
                     "cosine": round(one.cosine, 4),
                     "shared": one.shared,
                 }
-                for one in found
+                for one in found.cases
             ],
         }
 

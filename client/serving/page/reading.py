@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,16 @@ if TYPE_CHECKING:
     from client.serving.service import DraftingService
 
 MAX_SHOWN_SIDE = 2560
+
+
+@dataclass(frozen=True, slots=True)
+class Similar:
+    """Prior cases, nearest first; before the index is `ready`, how many of how many cases it holds."""
+
+    cases: tuple[PriorCase, ...]
+    ready: bool
+    indexed: int
+    total: int
 
 
 class ReadingRoom:
@@ -147,11 +157,11 @@ class ReadingRoom:
         height, width = (await self.pixels(id)).shape
         return attention, side, picture_box(self.service.processor, width=width, height=height)
 
-    async def similar(self, id: str, *, count: int) -> tuple[tuple[PriorCase, ...], tuple[int, int]]:
-        """Return the nearest prior cases and how far the index is: (done, total); empty until it is ready."""
+    async def similar(self, id: str, *, count: int) -> Similar:
+        """Return the nearest prior cases, or how far the index is."""
         index = await self._ready_index()
         if index is None:
-            return (), self._indexed
+            return Similar((), False, *self._indexed)
         features = await self.service.image_vector(await self._picture(id))
         draft = self.worklist.draft(id)
         found = index.nearest(
@@ -160,7 +170,7 @@ class ReadingRoom:
             count=count,
             except_image=self.worklist.case(id).picture_sha256,
         )
-        return found, self._indexed
+        return Similar(found, True, *self._indexed)
 
     def prior_picture(self, number: int) -> Path:
         """Return the picture of a prior case by its number in the index; raises CaseUnknown."""

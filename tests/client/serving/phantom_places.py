@@ -2,7 +2,8 @@
 
     python -m tests.client.serving.phantom_places RELEASE [--patients 60] [--seed 5]
 
-A case is a sentence of the model's own draft that names one sided finding which the phantom has on one side.
+A case is a sentence of the model's own draft that names one finding which the phantom has: on one side
+(`cases`), or without a side (`unsided`: heart, edema, devices).
 """
 
 from __future__ import annotations
@@ -60,13 +61,18 @@ def load_release(directory: Path) -> tuple[Any, Any]:
     return adapted.model, adapted.tokenizer
 
 
-def cases(model: Any, tokenizer: Any, *, patients: int, seed: int) -> Iterator[Case]:
-    """Draw `patients` per hospital, draft, and yield every sentence that counts."""
+def cases(model: Any, tokenizer: Any, *, patients: int, seed: int) -> list[Case]:
+    """Draw `patients` per hospital, draft, and return every sentence about a finding on one side."""
+    return [c for c in all_cases(model, tokenizer, patients=patients, seed=seed) if c.label in SIDED]
+
+
+def all_cases(model: Any, tokenizer: Any, *, patients: int, seed: int) -> Iterator[Case]:
+    """Draw `patients` per hospital, draft, and yield every sentence that counts, with side and without."""
     for number, hospital in enumerate(HOSPITALS.values()):
         for patient in range(patients):
             rng = np.random.default_rng([seed, number, patient])
             findings = phantoms.draw_findings(rng, hospital.prevalence)
-            if not any(f.label in SIDED and f.side != "bilateral" for f in findings):
+            if not any(f.side != "bilateral" for f in findings):
                 continue
             picture, places = phantoms.render_places(findings, rng)
             shown = phantoms.expose(picture, hospital.scanner, rng)
@@ -75,8 +81,8 @@ def cases(model: Any, tokenizer: Any, *, patients: int, seed: int) -> Iterator[C
             for first, end in _sentences(tokenizer, written):
                 text = tokenizer.decode(written[first:end])
                 named = present_findings(text) - {"No Finding"}
-                true = [f for f in findings if {f.label} == named and f.side in phantoms.SIDES]
-                if not true or true[0].label not in SIDED:
+                true = [f for f in findings if {f.label} == named and f.side != "bilateral"]
+                if not true:
                     continue
                 region = _moved(places[phantoms.LABELS.index(true[0].label)], hospital.scanner, rng)
                 if not region.any():
@@ -174,5 +180,14 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=5)
     asked = parser.parse_args()
     started = time.process_time()
-    figures = summarise(list(cases(*load_release(asked.release), patients=asked.patients, seed=asked.seed)))
+    drawn = list(all_cases(*load_release(asked.release), patients=asked.patients, seed=asked.seed))
+    figures = summarise([case for case in drawn if case.label in SIDED])
+    rest: dict[str, list[float]] = {}
+    for case in drawn:
+        if case.label not in SIDED:
+            rest.setdefault(case.label, []).append(case.times_chance)
+    figures["unsided"] = {
+        label: {"cases": len(some), "times_chance": round(float(np.mean(some)), 2)}
+        for label, some in sorted(rest.items())
+    }
     print(json.dumps({**figures, "cpu_s": round(time.process_time() - started, 1)}, indent=1))

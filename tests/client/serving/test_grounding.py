@@ -140,7 +140,7 @@ def test_chance_and_side_are_counted_as_they_are_called() -> None:
 
 
 def test_the_shipped_base_looks_at_the_side_it_speaks_of(loaded: tuple[object, object]) -> None:
-    found = list(cases(*loaded, patients=12, seed=11))
+    found = cases(*loaded, patients=12, seed=11)
     assert len(found) >= 12
     assert np.mean([case.times_chance for case in found]) > 2
     assert np.mean([case.mass_on_side > 0.5 for case in found]) > 0.7
@@ -151,7 +151,7 @@ def test_a_demo_release_grounds_its_sentences(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deploy.local.cli", "demo", "--out", str(tmp_path / "demo")]
     subprocess.run(command, check=True, capture_output=True, timeout=850)
     model, tokenizer = load_release(tmp_path / "demo" / "run" / "release")
-    figures = summarise(list(cases(model, tokenizer, patients=100, seed=5)))
+    figures = summarise(cases(model, tokenizer, patients=100, seed=5))
     assert figures["cases"] >= 100
     assert figures["most_mass_on_the_right_side"][0] >= 0.9
     assert figures["mass_on_the_right_side"][0] >= 0.9

@@ -59,7 +59,7 @@ function switchLanguage() {
   renderAbout();
   renderCases();
   renderReport();
-  if (state.case) renderSimilar({ cases: state.found, indexed: 0, total: state.found.length });
+  if (state.case) renderSimilar({ cases: state.found, ready: true });
 }
 
 function showHelp() {
@@ -76,7 +76,7 @@ function renderAbout() {
   if (!model) return;
   const epsilon = model.release_epsilon === null ? say("no_epsilon") : `ε ${model.release_epsilon.toFixed(2)}`;
   const turn = current() === "zh" ? `${say("round")} ${model.round} 轮` : `${say("round")} ${model.round}`;
-  $("#model").replaceChildren(strong(`${model.study_id} v${model.version}`), ` · ${turn} · ${epsilon}`);
+  $("#model").replaceChildren(strong(model.version ? `${model.study_id} v${model.version}` : model.study_id), ` · ${turn} · ${epsilon}`);
 }
 
 function onKey(event) {

@@ -92,11 +92,12 @@ export function renderReport() {
   const now = decision?.outcome ?? (one ? (draft ? (refused ? "refused" : "drafted") : "waiting") : "");
   $("#state").textContent = now === "drafted" ? `${draft.seconds.toFixed(1)} s` : now ? say(now) : "";
   $("#state").dataset.state = now;
+  $("#report .badge").hidden = now !== "drafted";
   renderDomain($("#domain"), draft?.decision);
   const notice = $("#notice");
   notice.hidden = !(refused || decision || draft?.cut);
   if (refused) {
-    notice.replaceChildren(strong(say("refused_title")), `${draft.decision[current() === "zh" ? "reason_zh" : "reason"]} ${say("refused_more")}`);
+    notice.replaceChildren(strong(say("refused_title")), `${sentence(draft.decision)} ${say("refused_more")}`);
   } else if (decision) {
     notice.replaceChildren(strong(decision.accepted ? say("done_accept", decision.edited_words) : say("done_reject")),
       [decision.reason && `${say("reason_given")}: ${decision.reason}.`, say("decided", decision.user)].filter(Boolean).join(" "));
@@ -120,6 +121,11 @@ export function renderReport() {
   $('[data-do="edit"]').setAttribute("aria-pressed", String(state.editing));
   renderAsk();
   markChosen();
+}
+
+function sentence({ reason, reason_zh: chinese }) {
+  const text = (current() === "zh" ? chinese : reason).trim();
+  return text[0].toUpperCase() + text.slice(1) + (/[.。!！]$/.test(text) ? "" : current() === "zh" ? "。" : ".");
 }
 
 function patientParts(one) {

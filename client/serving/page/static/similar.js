@@ -4,34 +4,40 @@ import * as api from "./api.js";
 import { $, guard, state } from "./state.js";
 import { say } from "./words.js";
 
+const pictures = new Map(); // number → object URL, for the open case
+
 export async function loadSimilar(id, leave) {
   while (state.id === id && !leave.signal.aborted) {
     const found = await api.similar(id).catch(() => null);
     if (state.id !== id) return;
     renderSimilar(found);
-    if (!found || found.cases.length || (found.indexed >= found.total && found.total)) return;
-    if (!found.total && ++loadSimilar.empty > 3) return;
+    if (!found || found.ready) return;
     await new Promise((done) => { setTimeout(done, 700); });
   }
 }
-loadSimilar.empty = 0;
+
+async function pictureOf(number) {
+  if (!pictures.has(number)) {
+    const bitmap = await api.priorPicture(number), canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+    canvas.getContext("2d").drawImage(bitmap, 0, 0);
+    pictures.set(number, URL.createObjectURL(await canvas.convertToBlob()));
+  }
+  return pictures.get(number);
+}
 
 export function renderSimilar(found) {
   state.found = found?.cases ?? [];
+  if (!found) {
+    for (const url of pictures.values()) URL.revokeObjectURL(url);
+    pictures.clear();
+  }
   const list = $("#similar ol");
   list.replaceChildren(...state.found.map((one) => {
     const item = document.createElement("li");
     item.dataset.number = one.number;
     const picture = document.createElement("img");
     picture.alt = "";
-    api.priorPicture(one.number).then((bitmap) => {
-      const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
-      canvas.getContext("2d").drawImage(bitmap, 0, 0);
-      return canvas.convertToBlob();
-    }).then((blob) => {
-      picture.src = URL.createObjectURL(blob);
-      picture.onload = () => URL.revokeObjectURL(picture.src);
-    }).catch(() => {});
+    pictureOf(one.number).then((url) => { picture.src = url; }).catch(() => {});
     const side = document.createElement("div");
     for (const [kind, text] of [["score", `${Math.round(one.cosine * 100)} % ${say("alike")}`],
       ["shared", one.shared.join(", ")], ["text", one.impression || one.findings]]) {
@@ -45,7 +51,7 @@ export function renderSimilar(found) {
     return item;
   }));
   $("#similar > p").textContent = !found || state.found.length ? ""
-    : found.total ? say("indexing", found.indexed, found.total) : say("no_similar");
+    : found.ready ? say("no_similar") : say("indexing", found.indexed, found.total);
 }
 
 export async function openPrior(one) {

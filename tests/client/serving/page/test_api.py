@@ -166,7 +166,7 @@ def test_similar_cases_are_this_sites_and_not_the_picture_itself(
 
     def found() -> Any:
         value = ask.get(f"/cases/{case['id']}/similar?count=3").json()
-        return value if value["cases"] else None
+        return value if value["ready"] else None
 
     value = until(found)
     assert value["indexed"] == value["total"] > 3 and len(value["cases"]) == 3
