@@ -93,17 +93,16 @@ def measure(
 def bench_text(value: dict[str, Any]) -> str:
     """Say a measurement in lines."""
     limit, got = value["bandwidth_limit_tokens_per_s"], value["tokens_per_s_1"]
-    return "\n".join(
-        [
-            f"{value['device']}, {value['dtype']}, quantization {value['quantization']}",
-            f"one report      {got:8.1f} tokens/s   (memory bus allows {limit:.1f}; {100 * got / limit:.0f} %)",
-            f"{value['batch']} at once       {value['tokens_per_s_batch']:8.1f} tokens/s",
-            f"report          {value['seconds_per_report']:8.2f} s of {value['tokens_per_report']:.0f} tokens",
-            f"first token     {value['first_token_s']:8.3f} s, known image "
-            f"{value['first_token_known_image_s']:.3f} s",
-            f"peak memory     {value['peak_memory_bytes'] / 2**30:8.2f} GiB, loaded in {value['load_s']:.1f} s",
-        ]
-    )
+    known, peak = value["first_token_known_image_s"], value["peak_memory_bytes"] / 2**30
+    lines = [
+        f"{value['device']}, {value['dtype']}, quantization {value['quantization']}",
+        f"one report    {got:8.1f} tokens/s; the memory bus allows {limit:.1f} ({100 * got / limit:.0f} %)",
+        f"{value['batch']} at once     {value['tokens_per_s_batch']:8.1f} tokens/s",
+        f"report        {value['seconds_per_report']:8.2f} s, {value['tokens_per_report']:.0f} tokens",
+        f"first token   {value['first_token_s']:8.3f} s, {known:.3f} s for a known image",
+        f"peak memory   {peak:8.2f} GiB, loaded in {value['load_s']:.1f} s",
+    ]
+    return "\n".join(lines)
 
 
 def _write(engine: BatchDecoder, asks: list[Ask]) -> dict[str, float]:

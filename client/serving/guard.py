@@ -34,6 +34,7 @@ Progress = Callable[[str, int, int], None]
 Features = Callable[[Picture], Awaitable[NDArray[np.float32]]]
 _MOST_PICTURES = 1200
 _SEED = 20261122
+_FARTHEST = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,11 @@ class CalibratedGuard:
         self, picture: Picture, features: NDArray[np.float32], *, indication: str, question: str
     ) -> Decision:
         """Refuse a wrong image, wrong words, or both; header facts of a DICOM file count first."""
-        score = float(self.image.score(look(picture.pixels)[None], tower_vector(features)[None])[0])
-        far = not score <= self.image.threshold  # NaN is far
+        score = _FARTHEST  # features that are no numbers are as far as can be
+        if np.isfinite(features).all():
+            found = self.image.score(look(picture.pixels)[None], tower_vector(features)[None])
+            score = min(float(found[0]), _FARTHEST)
+        far = score > self.image.threshold
         english, chinese, code = [], [], ""
         if picture.not_chest or picture.view == "lateral":
             code = "not-a-frontal-chest"

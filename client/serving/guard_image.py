@@ -29,7 +29,7 @@ LEAST_PICTURES = 40
 SIDE = 96
 _CELLS, _BINS, _COARSE = 8, 8, 12
 _FOLDS = 4
-_SHARE = 0.3
+_SHARE = 0.2
 _SEED = 8
 
 
@@ -146,14 +146,14 @@ def spoiled(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.
 
 
 def drawn(rng: np.random.Generator, side: int = 128) -> NDArray[np.uint8]:
-    """Draw something that is no radiograph: noise, a ramp, clouds, blobs, or stripes."""
+    """Draw something that is no radiograph: noise, a smooth surface, clouds, blobs, or stripes."""
     y, x = np.mgrid[0:side, 0:side] / side
     way = int(rng.integers(5))
     if way == 0:
         shown = rng.normal(0.5, rng.uniform(0.1, 0.4), (side, side))
     elif way == 1:
-        turn = rng.uniform(0, 2 * np.pi)
-        shown = x * np.cos(turn) + y * np.sin(turn)
+        a, b, c, d, e = rng.normal(0, 1, 5) * (rng.random() < 0.5, rng.random() < 0.5, rng.random(), 1, 1)
+        shown = a * (x - 0.5) ** 2 + b * (y - 0.5) ** 2 + c * (x - 0.5) * (y - 0.5) + d * x + e * y
     elif way == 2:
         frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side))) + 1 / side
         spectrum = np.fft.fft2(rng.normal(size=(side, side))) / frequency ** rng.uniform(0.8, 2.0)

@@ -69,6 +69,9 @@ _ZH_NOT_READING = re.compile(
     r"故事|作文|菜谱|天气|首都|总统|股票|足球|电影|代码|程序|翻译|邮件|密码|姓名|身份证|住址|电话|多大年纪|"
     r"你是谁|叫什么|算命"
 )
+_WHOLE = re.compile(
+    r"(?:chest|thoracic)[\s-]+(?:x-?rays?|radiographs?|films?|images?|pictures?)|cxr|胸部?(?:正位)?[x线光]*片|胸部"
+)
 _REASONS = {
     "orders": (
         "the text gives the model orders instead of describing a patient or asking about the image",
@@ -130,6 +133,12 @@ def judge_question(text: str) -> QuestionVerdict:
     if chest or _READING.search(plain) or _ZH_READING.search(plain):
         return _FINE
     return _refused("nothing")
+
+
+def is_specific(text: str) -> bool:
+    """Tell whether a question names something in the chest, rather than asking for a report."""
+    plain = _WHOLE.sub(" ", _plain(text))
+    return bool(_CHEST.search(plain) or _ZH_CHEST.search(plain))
 
 
 def _plain(text: str) -> str:

@@ -23,6 +23,7 @@ from client.access import AccessLog, AccessRecord, Action
 from client.serving.canary import CanaryFigures, canary_faults, run_canary
 from client.serving.engine import AS_TRAINED, Ask, Finish, ModelVersion, Options, Sentence, Token
 from client.serving.guard import ALLOWED_UNGUARDED, Decision, Guard
+from client.serving.guard_question import is_specific
 from client.serving.metrics import ServingMetrics
 from client.serving.picture import Picture, prepared
 from client.serving.source import ReleaseSource
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from common.model.images import ImageProcessor
 
 _DRAIN_S = 600.0
+_REMEMBERED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class DraftingService:
         self._clock_s, self._wall_s = clock_s, wall_s
         self._log_lock, self._switch_lock = asyncio.Lock(), asyncio.Lock()
         self._remembered: OrderedDict[str, tuple[DraftRequest, Draft, Active]] = OrderedDict()
+        self._remembered_bytes = 0
         self._leaving: set[asyncio.Task[None]] = set()
         self._figures: CanaryFigures | None = None
         self._loop = asyncio.get_running_loop()
@@ -177,9 +180,7 @@ class DraftingService:
         )
         record = await self._log(request, _logged(request, draft), model)
         draft = Draft(**{**_fields(draft), "access_record": record.id})
-        self._remembered[identifier] = (request, draft, active)
-        while len(self._remembered) > self._remember:
-            self._remembered.popitem(last=False)
+        self._keep(identifier, request, draft, active)
         self.metrics.finished(draft, cached_tokens=result.cached_tokens if result else 0)
         yield draft
 
@@ -270,6 +271,15 @@ class DraftingService:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
 
+    def _keep(self, identifier: str, request: DraftRequest, draft: Draft, active: Active) -> None:
+        self._remembered[identifier] = (request, draft, active)
+        self._remembered_bytes += request.picture.pixels.nbytes
+        while len(self._remembered) > self._remember or (
+            self._remembered_bytes > _REMEMBERED_BYTES and len(self._remembered) > 1
+        ):
+            _, (left, _, _) = self._remembered.popitem(last=False)
+            self._remembered_bytes -= left.picture.pixels.nbytes
+
     async def _decide(self, active: Active, request: DraftRequest, ask: Ask) -> Decision:
         if active.guard is None:
             return ALLOWED_UNGUARDED
@@ -307,7 +317,9 @@ def _processor(base: Path) -> ImageProcessor:
 
 
 def _asked(request: DraftRequest) -> str:
-    return " ".join(part for part in (request.indication, request.question) if part)
+    """What fills the prompt: the indication, and a question where it names something in the chest."""
+    question = request.question if is_specific(request.question) else ""
+    return " ".join(part for part in (request.indication, question) if part)
 
 
 def _fields(draft: Draft) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.serving.guard_question import MAX_CHARACTERS, judge_indication, judge_question
+from client.serving.guard_question import MAX_CHARACTERS, is_specific, judge_indication, judge_question
 
 ABOUT_THE_IMAGE = [
     "",
@@ -115,6 +115,13 @@ def test_orders_in_an_indication_are_refused(text: str) -> None:
 def test_a_text_that_is_too_long_is_refused() -> None:
     assert judge_indication("cough " * MAX_CHARACTERS).refused
     assert judge_question("lungs " * MAX_CHARACTERS).refused
+
+
+def test_asking_for_a_report_is_not_a_specific_question() -> None:
+    for text in ("", "Describe the findings.", "Report this chest x-ray.", "请描述这张胸片", "Read the CXR"):
+        assert not is_specific(text)
+    for text in ("Is the heart large?", "Any effusion on this chest x-ray?", "有没有气胸"):
+        assert is_specific(text)
 
 
 @given(st.text(max_size=200))
