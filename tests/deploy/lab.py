@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -152,6 +153,27 @@ class RealConsortium:
         """Return the processes of this consortium's supervisors that are still there."""
         tokens = [path.read_text() for path in self.directory.glob("*/*/supervisor.token")]
         return [pid for token in tokens for pid in marked_processes(token)]
+
+
+def listening_addresses(pids: set[int]) -> set[str]:
+    """Return the local IPv4 and IPv6 addresses on which these processes accept connections."""
+    inodes = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    target = os.readlink(link)
+                    if target.startswith("socket:["):
+                        inodes.add(target[8:-1])
+    found = set()
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                words = bytes.fromhex(fields[1].split(":")[0])
+                turned = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                found.add(socket.inet_ntop(family, turned))
+    return found
 
 
 @contextlib.contextmanager

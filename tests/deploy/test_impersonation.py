@@ -43,9 +43,10 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from client.enrolment import authority_path, certificate_path, load_ec_key, node_key_path, tls_key_path
 from common.ledger.audit import verify_bundle
 from common.ledger.findings import Status
+from deploy.local.guardian import marked_processes
 from deploy.server.app import read_nodes
 from server.bundles import export_run
-from tests.deploy.lab import RealConsortium, running
+from tests.deploy.lab import RealConsortium, listening_addresses, running
 
 pytestmark = [
     pytest.mark.slow,
@@ -126,6 +127,15 @@ def test_north_itself_is_served(scene: Scene) -> None:
         assert not fleet.PullMessages(
             PullMessagesRequest(node=Node(node_id=scene.nodes["north"]))
         ).messages_list
+
+
+@pytest.mark.parametrize("whose", ["srv/state", "south/run"])
+def test_all_but_the_door_listens_on_loopback_only(scene: Scene, whose: str) -> None:
+    """The door itself is nginx, which hides from the marker; here it is told to listen on loopback too."""
+    token = (scene.consortium.directory / whose / "supervisor.token").read_text()
+    pids = set(marked_processes(token))
+    assert len(pids) >= 3
+    assert listening_addresses(pids) == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("past_door", [False, True])
