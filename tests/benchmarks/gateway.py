@@ -1,6 +1,6 @@
 """What a site's gateway costs: CPU seconds for 20 MB from loopback TLS to mutual TLS.
 
-`python -m tests.benchmarks.gateway` prints one flat JSON object. Sender and receiver are processes of their own,
+`python -m tests.benchmarks.gateway` prints one flat JSON object. Sender and receiver are other processes,
 so that the CPU seconds are the gateway's.
 """
 
