@@ -155,7 +155,7 @@ def test_a_value_out_of_range_is_refused(old: str, new: str, key: str) -> None:
         ("schema = 1", "schema = 2", "schema: expected 1, got 2"),
         ('id = "beta"', 'id = "alpha"', "expected each site once, got 'alpha' twice"),
         ("min_sites = 3", "min_sites = 5", "cohort.min_sites: expected at most the number of sites (4)"),
-        ("min_sites = 3", "min_sites = 3\nwitness_quorum = 5", "cohort.witness_quorum: expected at most"),
+        ("witness_quorum = 3", "witness_quorum = 5", "cohort.witness_quorum: expected at most"),
         ("rounds = 3", "rounds = 3\nwarmup_rounds = 4", "warmup_rounds: expected at most the stage's rounds"),
         ("targets = '.*", "targets = '*", "adapter.targets: expected a regular expression"),
         (
@@ -254,6 +254,10 @@ def test_a_draft_is_not_resolved_and_each_missing_pin_is_named() -> None:
         with pytest.raises(ManifestInvalid, match=name):
             verify_resolved(incomplete)
     sites = tuple(replace(s, message_key=f"{n:064x}") for n, s in enumerate(study.cohort.site))
+    unwitnessed = replace(study, cohort=replace(study.cohort, site=sites))
+    with pytest.raises(ManifestInvalid, match="witness_quorum"):
+        verify_resolved(unwitnessed)
+    sites = tuple(replace(s, witness_key=f"{n + 9:064x}") for n, s in enumerate(sites))
     verify_resolved(replace(study, cohort=replace(study.cohort, site=sites)))
 
 

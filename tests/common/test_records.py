@@ -123,13 +123,24 @@ def test_a_signature_of_another_form_is_refused_by_name(signature: Any) -> None:
         signed_from_json(value)
 
 
-@pytest.mark.parametrize("field", sorted(RoundRecord.__dataclass_fields__))
+@pytest.mark.parametrize("field", sorted(RoundRecord.__dataclass_fields__.keys() - {"rolled_back_to"}))
 def test_a_missing_or_mistyped_field_is_refused(field: str) -> None:
     value = signed_to_json(chain(1)[0])["record"]
     without = {name: item for name, item in value.items() if name != field}
     for wrong in (without, value | {field: None}, value | {field: True}):
         with pytest.raises(EnvelopeMalformed):
             parse_record(canonical_json(wrong))
+
+
+def test_a_rollback_stands_in_the_record_only_where_there_was_one() -> None:
+    record = chain(1)[0].record
+    assert b"rolled_back_to" not in format_record(record) and record.next_adapter == record.adapter_out
+    back = replace(record, rolled_back_to="ab" * 32)
+    assert parse_record(format_record(back)) == back and back.next_adapter == "ab" * 32
+    value = signed_to_json(chain(1)[0])["record"]
+    for wrong in ("", None, 1):
+        with pytest.raises(EnvelopeMalformed):
+            parse_record(canonical_json(value | {"rolled_back_to": wrong}))
 
 
 @pytest.mark.parametrize("extra", [{"loss": 0.3}, {"cohort": [1]}, {"missing": {"beta": 1}}])
