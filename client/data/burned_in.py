@@ -1,33 +1,33 @@
 """Text burned into the pixels: find lines of glyphs, read them with tesseract, quarantine what is writing.
 
 Guarantees: without tesseract every suspicious line counts as text (fail closed); laterality and position
-markers (L, R, PA, AP, ERECT, PORTABLE ...) alone are no identifiers. It finds lines of at least four
-separate glyphs, lighter or darker than their surroundings, from 7 to 90 pixels high; handwriting and
-text without contrast are beyond it. No socket is opened: tesseract is a local program.
+markers (L, R, PA, AP, ERECT, PORTABLE ...) alone are no identifiers, nor are the technologist's initials
+beside LT or RT. It finds lines of at least four separate glyphs, lighter or darker than their surroundings,
+from 7 to 90 pixels high in the searched image and from 4 in the stored one; handwriting, single names of
+two or three letters and text without contrast are beyond it. No socket is opened.
 """
 
 from __future__ import annotations
 
-import io
-import os
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from client.data.ocr import Word, read_words, tesseract
 from client.data.pixels import Gray
 
 MIN_SEARCHED, MAX_SEARCHED = 1024, 1600
 MIN_GLYPHS = 4
+# Four pixels of the image as it came: what is lower is no legible letter, whatever it is enlarged to.
+MIN_HEIGHT, MAX_HEIGHT, MIN_SOURCE_HEIGHT = 7, 90, 4
+# From this height in the searched image on, writing can be read if it is writing.
+LEGIBLE_HEIGHT = 28
 # Low for faint writing; high so that bright writing comes loose from edges that it touches.
 CONTRASTS = (30, 100, 200)
 PAD = 6
-TIMEOUT_S = 20
 MAX_LINES = 36
 Mask = npt.NDArray[np.bool_]
 
@@ -48,33 +48,29 @@ class Line:
     relief: npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
-    """A word that tesseract read and its confidence, 0 to 100."""
-
-    text: str
-    confidence: float
-
-
 def has_burned_in_text(pixels: Gray) -> bool:
     """Tell whether an image shows writing other than position markers; True when in doubt."""
-    image = _searched(pixels)
-    lines = text_lines(image)
+    image, enlarged = _searched(pixels)
+    lines = text_lines(image, least=max(MIN_HEIGHT, MIN_SOURCE_HEIGHT * enlarged))
     if not lines:
         return False
     if tesseract() is None or len(lines) > MAX_LINES:
         return True
-    read = [(line, read_line(line)) for line in lines]
-    markers = [line for line, words in read if _reads_as_marker(words)]
-    return any(
-        is_identifying(line, words)
-        for line, words in read
-        if not any(_same_place(line, marker) for marker in markers)
-    )
+    markers: list[Line] = []
+    suspects: list[Line] = []
+    for line in lines:
+        if any(_same_place(line, marker) for marker in markers):
+            continue
+        words = read_line(line)
+        if _reads_as_marker(words):
+            markers.append(line)
+        elif is_identifying(line, words):
+            suspects.append(line)
+    return any(not any(_same_place(line, marker) for marker in markers) for line in suspects)
 
 
-def text_lines(image: npt.NDArray[np.uint8]) -> list[Line]:
-    """Find boxes of at least four similar glyphs on one line, light on dark and dark on light."""
+def text_lines(image: npt.NDArray[np.uint8], *, least: int = MIN_HEIGHT) -> list[Line]:
+    """Find lines of at least four similar glyphs `least` pixels high, light on dark and dark on light."""
     from scipy import ndimage
 
     found: list[Line] = []
@@ -87,22 +83,26 @@ def text_lines(image: npt.NDArray[np.uint8]) -> list[Line]:
         wide = background.repeat(2, axis=0).repeat(2, axis=1)
         relief = np.where(source > wide, source - wide, 0).astype(np.uint8)
         for contrast in CONTRASTS:
-            for line in _lines_in(relief, contrast):
+            for line in _lines_in(relief, contrast, least):
                 if not any(_alike(line, other) for other in found):
                     found.append(line)
     return found
 
 
-def _lines_in(relief: npt.NDArray[np.uint8], contrast: int) -> list[Line]:
+def _lines_in(relief: npt.NDArray[np.uint8], contrast: int, least: int) -> list[Line]:
     from scipy import ndimage
 
     strokes = relief > contrast
+    if np.count_nonzero(strokes) < MIN_GLYPHS * least:
+        return []
     labels, count = ndimage.label(strokes, structure=np.ones((3, 3)))
     if count == 0 or count > 20_000:
         return []
     slices = ndimage.find_objects(labels)
     boxes = np.array([(y.start, y.stop, x.start, x.stop) for y, x in slices])
-    weights = np.array([_glyphs_in(strokes[part], box) for part, box in zip(slices, boxes, strict=True)])
+    weights = np.array(
+        [_glyphs_in(strokes[part], box, least) for part, box in zip(slices, boxes, strict=True)]
+    )
     lines = []
     for top, bottom, left, right in _lines_of(boxes[weights > 0], weights[weights > 0]):
         part = relief[max(0, top - PAD) : bottom + PAD, max(0, left - PAD) : right + PAD]
@@ -124,17 +124,18 @@ def is_identifying(line: Line, words: list[Word]) -> bool:
     """Tell whether a line is more than a marker.
 
     That is a clear word of four letters, four digits, eight letters (five with a digit among them)
-    together, or a long line that reads as anything at all.
+    together, or a long line that reads as anything at all: what is large and still unread is in doubt.
     """
     plain = [(re.sub(r"[^A-Za-z0-9]", "", word.text).upper(), word.confidence) for word in words]
     plain = [(text, confidence) for text, confidence in plain if text and not is_marker(text)]
     clear = [text for text, confidence in plain if confidence >= 30]
     letters = sum(map(len, clear))
+    long = 5 if line.height >= LEGIBLE_HEIGHT else 7
     return (
         any(len(text) >= 4 and confidence >= 60 for text, confidence in plain)
         or any(sum(map(str.isdigit, text)) >= 4 for text, _ in plain)
         or letters >= (5 if any(char.isdigit() for text in clear for char in text) else 8)
-        or (any(len(text) >= 3 for text, _ in plain) and line.relief.shape[1] >= 7 * line.height)
+        or (any(len(text) >= 3 for text, _ in plain) and line.relief.shape[1] >= long * line.height)
     )
 
 
@@ -143,7 +144,23 @@ def _reads_as_marker(words: list[Word]) -> bool:
     plain = [(re.sub(r"[^A-Za-z0-9]", "", word.text).upper(), word.confidence) for word in words]
     whole = "".join(text for text, _ in plain)
     clear = [text for text, confidence in plain if text and confidence >= 40]
-    return (len(whole) >= 7 and is_marker(whole)) or (len("".join(clear)) >= 4 and all(map(is_marker, clear)))
+    return (
+        (len(whole) >= 7 and is_marker(whole))
+        or (len("".join(clear)) >= 4 and all(map(is_marker, clear)))
+        or (min((word.confidence for word in words), default=0) >= 60 and is_side_with_initials(words))
+    )
+
+
+def is_side_with_initials(words: list[Word]) -> bool:
+    """Tell whether a line is LT or RT with initials of two or three letters, as technologists mark films.
+
+    Before the side only consonants count as initials: Holt, Kurt and Walt are names, and none starts so.
+    """
+    text = re.sub(r"[^A-Z0-9/]", "", "".join(word.text for word in words).upper())
+    return (
+        re.fullmatch(r"(?:LT|RT)(?=[A-Z/]*\d?[A-Z/]*$)[A-Z0-9]{2,3}(?:/[A-Z]{2,3})?", text) is not None
+        or re.fullmatch(r"[BCDFGHJKLMNPQRSTVWXZ]{2,3}(?:LT|RT)", text) is not None
+    )
 
 
 def _same_place(line: Line, marker: Line) -> bool:
@@ -171,63 +188,35 @@ def is_marker(text: str) -> bool:
 
 
 def read_line(line: Line) -> list[Word]:
-    """Read one line with tesseract; a line that tesseract cannot finish counts as writing."""
+    """Read one line, its strokes dark on white and scaled to the height that tesseract reads best."""
     peak = max(1, int(np.percentile(line.relief, 99)))
     ink = 255 - np.clip(line.relief.astype(np.int32) * 255 // peak, 0, 255)
     crop = Image.fromarray(ink.astype(np.uint8))
     scale = 36 / line.height
     size = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))
     crop = crop.resize(size, Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    crop.save(buffer, "PNG", compress_level=1)
-    try:
-        done = subprocess.run(
-            [str(tesseract()), "-", "-", "--psm", "7", "-l", "eng", "tsv"],
-            input=buffer.getvalue(),
-            capture_output=True,
-            timeout=TIMEOUT_S,
-            check=True,
-            env={"PATH": os.environ.get("PATH", ""), "OMP_THREAD_LIMIT": "1"},
-        )
-    except (subprocess.SubprocessError, OSError):
-        return [Word("UNREADABLE", 100.0)]
-    fields = [row.split("\t") for row in done.stdout.decode("utf-8", "replace").splitlines()[1:]]
-    return [Word(row[11], float(row[10])) for row in fields if len(row) == 12 and row[11].strip()]
+    return read_words(np.asarray(crop))
 
 
-@lru_cache(maxsize=1)
-def tesseract() -> str | None:
-    """Return the path of the tesseract program, or None."""
-    return shutil.which("tesseract")
+def _searched(pixels: Gray) -> tuple[npt.NDArray[np.uint8], int]:
+    """Bring the longer side to 1024 to 1600 pixels, so that small writing has separate glyphs.
 
-
-@lru_cache(maxsize=1)
-def tesseract_version() -> str:
-    """Return the version of tesseract, or 'not installed'."""
-    program = tesseract()
-    if program is None:
-        return "not installed"
-    done = subprocess.run([program, "--version"], capture_output=True, timeout=TIMEOUT_S, check=False)
-    first = done.stdout.decode("utf-8", "replace").splitlines()[:1]
-    return first[0].removeprefix("tesseract ") if first else "unknown"
-
-
-def _searched(pixels: Gray) -> npt.NDArray[np.uint8]:
-    """Bring the longer side to between 1024 and 1600 pixels, so that small writing has separate glyphs."""
+    Returns the image and how many times it was enlarged.
+    """
     image = Image.fromarray((pixels >> 8).astype(np.uint8))
-    side = max(image.size)
+    side, factor = max(image.size), 1
     if side < MIN_SEARCHED:
         factor = -(-MIN_SEARCHED // side)
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     else:
         image.thumbnail((MAX_SEARCHED, MAX_SEARCHED), Image.Resampling.BOX)
-    return np.asarray(image)
+    return np.asarray(image), factor
 
 
-def _glyphs_in(strokes: Mask, box: npt.NDArray[np.int64]) -> int:
+def _glyphs_in(strokes: Mask, box: npt.NDArray[np.int64], least: int) -> int:
     """Estimate how many glyphs one connected component holds; 0 when it is none."""
     height, width = int(box[1] - box[0]), int(box[3] - box[2])
-    if not 7 <= height <= 90 or width < 2:
+    if not least <= height <= MAX_HEIGHT or width < 2:
         return 0
     if width <= 1.6 * height:
         return 1

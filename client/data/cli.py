@@ -67,6 +67,16 @@ def import_(
     with_dicom: Annotated[
         bool, typer.Option("--with-dicom", help="Keep de-identified DICOM files too.")
     ] = False,
+    chest: Annotated[
+        bool,
+        typer.Option("--check-chest/--no-check-chest", help="Quarantine images unlike an upright chest."),
+    ] = True,
+    ner: Annotated[
+        str, typer.Option("--ner", help="Local recogniser of names: module:function or a model folder.")
+    ] = "",
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="Table of labels to compare with the texts.")
+    ] = None,
     size: Annotated[
         int, typer.Option("--size", min=64, max=4096, help="Longest image side in pixels.")
     ] = 512,
@@ -105,6 +115,9 @@ def import_(
         keep_priors=keep_priors,
         check_writing=writing,
         with_dicom=with_dicom,
+        check_chest=chest,
+        recogniser=ner,
+        labels=labels,
         workers=workers or os.cpu_count() or 1,
     )
     with _progress() as progress:
@@ -243,20 +256,14 @@ def instruct(
     json_: Json = False,
 ) -> None:
     """Make questions and answers from the reports, by rules or with a local model."""
-    from client.data import converters
+    from client.data.converters import FORMATTERS
     from client.data.instructions import instructions, local_endpoint, model_instruction
     from client.data.store import read_pairs
     from common.errors import InstructionRefused
     from common.files import write_atomic
 
-    formats = {
-        "llava": converters.format_llava,
-        "llava-rad": converters.format_llava_rad,
-        "vqa-rad": converters.format_vqa_rad,
-        "pefomed": converters.format_pefomed,
-    }
-    if format_ not in formats:
-        raise typer.BadParameter(f"expected one of {', '.join(formats)}", param_hint="--format")
+    if format_ not in FORMATTERS:
+        raise typer.BadParameter(f"expected one of {', '.join(FORMATTERS)}", param_hint="--format")
     if bool(endpoint) != bool(model):
         raise typer.BadParameter("expected --endpoint and --model together")
     pairs = read_pairs(directory)
@@ -270,8 +277,46 @@ def instruct(
                 except InstructionRefused:
                     refused += 1
                 progress("ask", number, len(pairs))
-    write_atomic(out, formats[format_](samples).encode("utf-8"), mode=0o600)
+    write_atomic(out, FORMATTERS[format_](samples).encode("utf-8"), mode=0o600)
     counts = {"samples": len(samples), "refused": refused, "file": str(out)}
+    print(json.dumps(counts) if json_ else ", ".join(f"{name} {value}" for name, value in counts.items()))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="File of instruction samples.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    from_: Annotated[str, typer.Option("--from", help="llava, llava-rad, vqa-rad or pefomed.")],
+    to: Annotated[str, typer.Option("--to", help="llava, llava-rad, vqa-rad or pefomed.")],
+    clean: Annotated[
+        bool, typer.Option("--clean/--no-clean", help="Remove identifiers; leave out what names a report.")
+    ] = True,
+    json_: Json = False,
+) -> None:
+    """Convert instruction samples between file formats; images are named, not copied."""
+    from dataclasses import replace
+
+    from client.data.converters import FORMATTERS, PARSERS
+    from client.data.instructions import clean_turn
+    from common.errors import InstructionRefused
+    from common.files import write_atomic
+
+    for name, option in ((from_, "--from"), (to, "--to")):
+        if name not in PARSERS:
+            raise typer.BadParameter(f"expected one of {', '.join(PARSERS)}", param_hint=option)
+    try:
+        samples = PARSERS[from_](source.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InstructionRefused(f"cannot read {source}: {type(error).__name__}") from error
+    kept = []
+    for sample in samples:
+        try:
+            turns = tuple(clean_turn(turn) for turn in sample.turns) if clean else sample.turns
+        except InstructionRefused:
+            continue
+        kept.append(replace(sample, turns=turns))
+    write_atomic(out, FORMATTERS[to](kept).encode("utf-8"), mode=0o600)
+    counts = {"samples": len(kept), "refused": len(samples) - len(kept), "file": str(out)}
     print(json.dumps(counts) if json_ else ", ".join(f"{name} {value}" for name, value in counts.items()))
 
 

@@ -1,15 +1,17 @@
 """Converters between instruction samples and the files of LLaVA, LLaVA-Rad, VQA-RAD and PeFoMed.
 
-Guarantees: `parse_llava(format_llava(x)) == x`, since its entries carry our provenance as extra fields; the
-others carry less, and what they lose is said with each. Fields of others that we do not know are ignored.
-Formats: LLaVA docs/Finetune_Custom_Data.md; the LLaVA-Rad annotations of MIMIC-CXR (PhysioNet); VQA_RAD
-Dataset Public.json (osf.io/89kps); PeFoMed's IU-Xray loader. Not tried against the originals' files.
+Guarantees: entries of LLaVA, LLaVA-Rad and VQA-RAD carry study, maker and split as extra fields, so what we
+write comes back; `parse_llava(format_llava(x)) == x`, the others lose what is said with each. Fields that we
+do not know are ignored, and no image is opened. Formats: LLaVA docs/Finetune_Custom_Data.md; the
+LLaVA-Rad annotations of MIMIC-CXR (PhysioNet, its documented example); VQA_RAD Dataset Public.json
+(osf.io/89kps); the IU-Xray, ROCO and VQA loaders of PeFoMed. Tried on entries written after those documents
+and loaders, not on the originals' files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from client.data.instructions import DESCRIBE, Instruction, Turn
@@ -51,7 +53,7 @@ def parse_llava(text: str) -> list[Instruction]:
 
 
 def format_llava_rad(samples: Sequence[Instruction]) -> str:
-    """Encode as LLaVA-Rad: conversations with `generate_method`; the study is lost."""
+    """Encode as LLaVA-Rad: conversations with `generate_method`; nothing of ours is lost."""
     return _dump(
         [
             {
@@ -59,6 +61,7 @@ def format_llava_rad(samples: Sequence[Instruction]) -> str:
                 "image": sample.image,
                 "generate_method": sample.made_by,
                 "split": sample.split,
+                "study": sample.study,
                 "conversations": _conversations(sample.turns),
             }
             for sample in samples
@@ -71,7 +74,7 @@ def parse_llava_rad(text: str) -> list[Instruction]:
     return [
         Instruction(
             sample=_text(entry, "id"),
-            study="",
+            study=_text(entry, "study", ""),
             image=_text(entry, "image"),
             turns=_turns(entry.get("conversations")),
             made_by=_text(entry, "generate_method", "unknown"),
@@ -82,7 +85,7 @@ def parse_llava_rad(text: str) -> list[Instruction]:
 
 
 def format_vqa_rad(samples: Sequence[Instruction]) -> str:
-    """Encode as VQA-RAD: one entry per turn, CLOSED for yes and no; study and validation split are lost."""
+    """Encode as VQA-RAD: one entry per turn, CLOSED for yes and no; which turns go together is lost."""
     return _dump(
         [
             {
@@ -92,8 +95,11 @@ def format_vqa_rad(samples: Sequence[Instruction]) -> str:
                 "question": turn.question,
                 "answer": turn.answer,
                 "answer_type": "CLOSED" if turn.answer.strip(". ").lower() in ("yes", "no") else "OPEN",
-                "evaluation": sample.made_by,
+                "evaluation": "not evaluated",
                 "phrase_type": "test_freeform" if sample.split == "test" else "freeform",
+                "study": sample.study,
+                "made_by": sample.made_by,
+                "split": sample.split,
             }
             for sample in samples
             for number, turn in enumerate(sample.turns)
@@ -102,38 +108,59 @@ def format_vqa_rad(samples: Sequence[Instruction]) -> str:
 
 
 def parse_vqa_rad(text: str) -> list[Instruction]:
-    """Decode VQA-RAD: each question becomes a sample of one turn; studies are unknown."""
+    """Decode VQA-RAD: each question becomes a sample of one turn; numbers as answers become text."""
     return [
         Instruction(
             sample=str(entry.get("qid", number)),
-            study="",
+            study=_text(entry, "study", ""),
             image=_text(entry, "image_name"),
             turns=(Turn(_text(entry, "question"), str(entry.get("answer", ""))),),
-            made_by=_text(entry, "evaluation", "unknown"),
-            split="test" if _text(entry, "phrase_type", "").startswith("test") else "train",
+            made_by=_text(entry, "made_by", "unknown"),
+            split=_text(entry, "split", "")
+            or ("test" if _text(entry, "phrase_type", "").startswith("test") else "train"),
         )
         for number, entry in enumerate(_entries(json_of(text)))
     ]
 
 
 def format_pefomed(samples: Sequence[Instruction]) -> str:
-    """Encode as PeFoMed reports: image path and the first answer; all else is lost."""
-    return _dump([{"image_path": sample.image, "report": sample.turns[0].answer} for sample in samples])
+    """Encode the descriptions as PeFoMed reports: image path and report; questions and origin are lost."""
+    return _dump(
+        [
+            {"image_path": sample.image, "report": sample.turns[0].answer}
+            for sample in samples
+            if sample.turns[0].question == DESCRIBE
+        ]
+    )
 
 
 def parse_pefomed(text: str) -> list[Instruction]:
-    """Decode PeFoMed reports: each becomes a description; studies and splits are unknown."""
+    """Decode PeFoMed reports or captions: each becomes a description; studies and splits are unknown."""
     return [
         Instruction(
             sample=str(number),
             study="",
-            image=_text(entry, "image_path"),
-            turns=(Turn(DESCRIBE, _text(entry, "report")),),
+            image=_text(entry, "image_path", _text(entry, "image", "")),
+            turns=(Turn(DESCRIBE, _text(entry, "report" if "report" in entry else "caption")),),
             made_by="unknown",
             split="",
         )
         for number, entry in enumerate(_entries(json_of(text)))
     ]
+
+
+FORMATTERS: Mapping[str, Callable[[Sequence[Instruction]], str]] = {
+    "llava": format_llava,
+    "llava-rad": format_llava_rad,
+    "vqa-rad": format_vqa_rad,
+    "pefomed": format_pefomed,
+}
+PARSERS: Mapping[str, Callable[[str], list[Instruction]]] = {
+    "llava": parse_llava,
+    "llava-rad": parse_llava_rad,
+    "vqa-rad": parse_vqa_rad,
+    "pefomed": parse_pefomed,
+}
 
 
 def json_of(text: str) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from client.data.recogniser import Recogniser, identifying_spans
 from client.data.redaction_rules import MARK, compiled_rules
 from client.data.vocabulary import PROTECTED
 
@@ -39,11 +40,11 @@ class Scrubbed:
     replaced: Counter[str]
 
 
-def scrub(text: str, known: Sequence[Known] = ()) -> Scrubbed:
-    """Replace identifiers in report text by `___`.
+def scrub(text: str, known: Sequence[Known] = (), recognise: Recogniser | None = None) -> Scrubbed:
+    """Replace identifiers in report text by `___`: known ones, then by rules, then those of a recogniser.
 
     `known` holds (kind, value) of header and table: kind is one of name, id, date, place, phone, physician,
-    address, birth_date, study_date.
+    address, birth_date, study_date. Raises RecogniserInvalid when the recogniser fails.
     """
     replaced: Counter[str] = Counter()
     text = unicodedata.normalize("NFC", text)
@@ -55,6 +56,10 @@ def scrub(text: str, known: Sequence[Known] = ()) -> Scrubbed:
     for rule, pattern in compiled_rules():
         text, count = pattern.subn(MARK, text)
         replaced[rule] += count
+    for start, end in reversed(identifying_spans(recognise, text) if recognise else ()):
+        if text[start:end].strip("_ .,"):
+            text = text[:start] + MARK + text[end:]
+            replaced["recogniser"] += 1
     text = re.sub(rf"{MARK}(?:[\s,^/-]*{MARK})+", MARK, text)
     return Scrubbed(text, +replaced)
 
@@ -88,7 +93,9 @@ def known_patterns(known: tuple[Known, ...]) -> tuple[re.Pattern[str], ...]:
                 loose.add(spelling)
     patterns = []
     if loose:
-        alternatives = "|".join(_flexible(spelling) for spelling in sorted(loose, key=lambda s: (-len(s), s)))
+        # Spellings that differ in their separators only make the same pattern.
+        ordered = dict.fromkeys(_flexible(spelling) for spelling in sorted(loose, key=lambda s: (-len(s), s)))
+        alternatives = "|".join(ordered)
         patterns.append(re.compile(rf"(?:{alternatives})(?:['’]s\b)?", re.I))
     if careful:
         # A name that is also a plain word of reports: replaced where it is written as a name.

@@ -1,5 +1,7 @@
 """One DICOM file: what its header says and what its pixels show.
 
+Read are files with and without preamble, deflated or not, grey images of one frame in any transfer syntax for
+which a decoder is installed; colour, several frames and unknown compression have a reason each.
 Guarantees: declared and coded dimensions are checked before pixels are decompressed; modality, VOI and
 presentation LUTs and MONOCHROME1 are applied once, so that air is dark; rows run to the patient's left and
 columns to the feet where the header states the orientation. It opens no socket and reads no other file.
@@ -8,8 +10,10 @@ It does not de-identify (`dicom_header.py` does).
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,11 @@ from client.data.study import Reason
 from common.errors import StudyRejected
 
 _DEFLATED = "1.2.840.10008.1.2.1.99"
+# What the first element of a dataset without preamble may be: a group length, a character set, a UID ...
+_FIRST_VRS = (b"UL", b"CS", b"UI", b"SH", b"DA")
+_FIRST_ELEMENTS = (b"\x00\x00", b"\x01\x00", b"\x05\x00", b"\x08\x00", b"\x16\x00", b"\x18\x00")
 _MODALITIES = ("CR", "DX", "RG", "DR")
+MIN_BITS = 6
 _CHEST = ("chest", "thorax", "torax", "tórax", "lung", "胸")
 _FRONTAL_WORDS = {"PA": "pa", "AP": "ap"}
 _LATERAL_WORDS = ("LAT", "LATERAL", "LL", "RL", "LLD", "RLD", "OBL", "OBLIQUE", "PROFIL", "侧位")
@@ -53,7 +61,7 @@ IDENTIFYING = (
 
 
 def read_dicom(path: Path, *, pixels: bool) -> Any:
-    """Read a DICOM file; raises StudyRejected when it is no DICOM, damaged, deflated or too large."""
+    """Read a DICOM file; raises StudyRejected when it is no DICOM, damaged or too large."""
     import pydicom
     from pydicom.errors import InvalidDicomError
 
@@ -62,20 +70,41 @@ def read_dicom(path: Path, *, pixels: bool) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _refuse_deflated(path)
-            return pydicom.dcmread(path, stop_before_pixels=not pixels)
+            bare = not _has_preamble(path)
+            dataset = pydicom.dcmread(
+                _inflated(path) or path, stop_before_pixels=not pixels, force=bare and is_dicom(path)
+            )
+            if "SOPClassUID" not in dataset and "DirectoryRecordSequence" not in dataset:
+                raise StudyRejected(Reason.IMAGE_UNREADABLE)
+            if bare and "TransferSyntaxUID" not in dataset.file_meta:
+                dataset.file_meta.TransferSyntaxUID = _native_syntax(dataset)
+            return dataset
     except StudyRejected:
         raise
     except (InvalidDicomError, OSError, EOFError, ValueError, KeyError, NotImplementedError) as error:
         raise StudyRejected(Reason.IMAGE_UNREADABLE) from error
-    except (AttributeError, TypeError, IndexError, struct.error, RecursionError, MemoryError) as error:
+    except (
+        AttributeError,
+        TypeError,
+        IndexError,
+        struct.error,
+        RecursionError,
+        MemoryError,
+        zlib.error,
+    ) as error:
         raise StudyRejected(Reason.IMAGE_UNREADABLE) from error
 
 
 def is_dicom(path: Path) -> bool:
-    """Tell whether a file has the DICOM preamble."""
+    """Tell whether a file has the DICOM preamble, or starts as a dataset of old archives without one does."""
     with path.open("rb") as handle:
-        return handle.read(132)[128:] == b"DICM"
+        head = handle.read(132)
+    if head[128:] == b"DICM":
+        return True
+    group, vr, length = head[:2], head[4:6], int.from_bytes(head[4:8], "little")
+    explicit = group in (b"\x02\x00", b"\x08\x00") and vr in _FIRST_VRS
+    implicit = group == b"\x08\x00" and head[2:4] in _FIRST_ELEMENTS and 0 < length <= 128
+    return len(head) == 132 and (explicit or implicit)
 
 
 def view_of(dataset: Any) -> str:
@@ -208,16 +237,46 @@ def coded_dimensions(frame: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _refuse_deflated(path: Path) -> None:
-    from pydicom.filereader import read_file_meta_info
+def _has_preamble(path: Path) -> bool:
+    with path.open("rb") as handle:
+        return handle.read(132)[128:] == b"DICM"
 
-    if is_dicom(path) and read_file_meta_info(path).get("TransferSyntaxUID") == _DEFLATED:
-        raise StudyRejected(Reason.IMAGE_UNREADABLE)
+
+def _native_syntax(dataset: Any) -> Any:
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    return ImplicitVRLittleEndian if dataset.original_encoding[0] else ExplicitVRLittleEndian
+
+
+def _inflated(path: Path) -> io.BytesIO | None:
+    """Return a deflated file as a plain one, inflated within the size limit; None when it is not deflated."""
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.filewriter import write_file_meta_info
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    if not _has_preamble(path):
+        return None
+    meta = read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") != _DEFLATED:
+        return None
+    start = 132 + 12 + int(meta.FileMetaInformationGroupLength)
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    body = inflater.decompress(path.read_bytes()[start:], MAX_FILE_BYTES)
+    if inflater.unconsumed_tail:
+        raise StudyRejected(Reason.IMAGE_TOO_LARGE)
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    plain = io.BytesIO(bytes(128) + b"DICM")
+    plain.seek(132)
+    write_file_meta_info(plain, meta, enforce_standard=True)
+    plain.write(body)
+    plain.seek(0)
+    return plain
 
 
 def _verify_pixel_module(dataset: Any) -> None:
     """Check what the header declares, and what the codestream declares, against the limits."""
     from pydicom.encaps import generate_frames
+    from pydicom.pixels import get_decoder
 
     try:
         width, height = int(dataset.Columns), int(dataset.Rows)
@@ -225,13 +284,24 @@ def _verify_pixel_module(dataset: Any) -> None:
         samples = int(dataset.get("SamplesPerPixel") or 1)
         photometric = str(dataset.PhotometricInterpretation)
         data = dataset.PixelData
-        compressed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
+        bits = int(dataset.BitsStored)
+        syntax = dataset.file_meta.TransferSyntaxUID
     except (AttributeError, ValueError, TypeError) as error:
         raise StudyRejected(Reason.IMAGE_UNREADABLE) from error
     verify_dimensions(width, height)
-    if frames != 1 or samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+    if frames != 1:
+        raise StudyRejected(Reason.MULTI_FRAME)
+    if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise StudyRejected(Reason.COLOUR)
+    if bits < MIN_BITS:
         raise StudyRejected(Reason.NOT_ORIGINAL)
-    if compressed:
+    try:
+        known = get_decoder(syntax).is_available
+    except NotImplementedError:
+        known = False
+    if not known:
+        raise StudyRejected(Reason.UNKNOWN_COMPRESSION)
+    if syntax.is_encapsulated:
         try:
             coded = coded_dimensions(next(generate_frames(data, number_of_frames=1)))
         except (ValueError, StopIteration, struct.error) as error:

@@ -20,12 +20,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from client.data.burned_in import tesseract_version
 from client.data.curation import Curation, curate
 from client.data.index import write_index
 from client.data.journal import Journal
 from client.data.leak_gate import SAMPLE, measure_leaks, verify_recall
+from client.data.ocr import tesseract_version
 from client.data.prepare import Recipe, dicom_name
+from client.data.recogniser import load_recogniser, recogniser_identity
 from client.data.redaction_rules import RULES_VERSION
 from client.data.reports import PRIORS_VERSION
 from client.data.sitekey import SiteKey
@@ -69,6 +70,9 @@ class ImportPlan:
     keep_priors: bool = False
     check_writing: bool = True
     with_dicom: bool = False
+    check_chest: bool = True
+    recogniser: str = ""
+    labels: Path | None = None
     workers: int = 1
     withdrawn: frozenset[str] = frozenset()
 
@@ -135,8 +139,8 @@ def verify_plan(plan: ImportPlan) -> None:
 def fingerprint(plan: ImportPlan) -> str:
     """Keyed hash of the plan and of the names, sizes and times of all source files."""
     mac = hmac.new(plan.key.derive("import fingerprint"), digestmod=hashlib.sha256)
-    table = file_sha256(plan.table) if plan.table is not None and plan.table.is_file() else ""
-    mac.update(json.dumps([settings_of(plan), table, tool_versions()], sort_keys=True).encode())
+    tables = [file_sha256(path) if path and path.is_file() else "" for path in (plan.table, plan.labels)]
+    mac.update(json.dumps([settings_of(plan), tables, tool_versions()], sort_keys=True).encode())
     for path in paths.walk_files(plan.source):
         status = path.stat()
         entry = (path.relative_to(plan.source).as_posix(), status.st_size, status.st_mtime_ns)
@@ -154,6 +158,8 @@ def settings_of(plan: ImportPlan) -> dict[str, Any]:
         "keep_priors": plan.keep_priors,
         "check_writing": plan.check_writing,
         "with_dicom": plan.with_dicom,
+        "check_chest": plan.check_chest,
+        "recogniser": recogniser_identity(plan.recogniser) if plan.recogniser else {},
         "redaction_rules": RULES_VERSION,
         "prior_rules": PRIORS_VERSION,
     }
@@ -199,6 +205,8 @@ def run_stages(
         keep_priors=plan.keep_priors,
         check_writing=plan.check_writing,
         with_dicom=plan.with_dicom,
+        check_chest=plan.check_chest,
+        recogniser=plan.recogniser,
     )
     batch: list[tuple[int, Prepared | Dropped]] = []
     for outcome in prepared(journal.open_studies(), recipe, workers=plan.workers):
@@ -301,12 +309,15 @@ def gate(journal: Journal, curation: Curation, plan: ImportPlan) -> dict[str, An
     ]
     every = max(1, len(reports) // SAMPLE)
     score = measure_leaks(
-        reports[::every][:SAMPLE], seed=int.from_bytes(plan.key.derive("leak gate")[:4], "big")
+        reports[::every][:SAMPLE],
+        seed=int.from_bytes(plan.key.derive("leak gate")[:4], "big"),
+        recognise=load_recogniser(plan.recogniser) if plan.recogniser else None,
     )
     verify_recall(score)
     return {
         "known_recall": score.known_recall,
         "free_recall": score.free_recall,
+        "uncued_recall": score.uncued_recall,
         "planted": bucket(score.known_planted),
     }
 

@@ -1,8 +1,9 @@
 """Instruction data from prepared reports: rule-based questions, and self-instruct through a local model.
 
 Guarantees: every sample names its study and how it was made (`rules-1` or the model's name); generated text
-goes through the same de-identification as reports and is refused when it speaks of a report; the endpoint
-must be on this machine. It does not judge whether a generated answer is true to the report.
+goes through the same de-identification as reports and is refused when it speaks of a report or of earlier
+studies; the endpoint must be on this machine. It does not judge whether a generated answer is true to the
+report.
 Source of the self-instruct idea: LLaVA-Med (Li et al. 2023).
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from client.data.deidentify import scrub
-from client.data.reports import flags_of, sentences
+from client.data.reports import flags_of, remove_priors, sentences
 from client.data.store import Pair
 from common.errors import InstructionRefused
 
@@ -42,6 +43,12 @@ _FINDINGS = (
 _NEGATION = re.compile(r"\b(?:no|not|without|negative for|free of|absence of|resolved)\b", re.I)
 _UNSURE = re.compile(
     r"\b(?:may|might|could|possible|possibly|probable|probably|cannot exclude|suspected|versus)\b", re.I
+)
+_SECOND_HAND = re.compile(
+    r"\b(?:reports?|captions?|impression section|findings section|"
+    r"(?:given|provided) (?:text|context|information)|"
+    r"according to the (?:text|description)|radiologist (?:notes?|noted|says|said|writes|wrote))\b",
+    re.I,
 )
 _PROMPT = (
     "You see the report of a chest radiograph. Write a conversation between a person who asks about the "
@@ -126,12 +133,18 @@ def parse_turns(answer: str) -> list[Turn]:
         question, reply = value["question"], value["answer"]
         if not all(isinstance(part, str) and 0 < len(part) <= MAX_ANSWER_CHARS for part in (question, reply)):
             raise InstructionRefused(f"expected texts of 1 to {MAX_ANSWER_CHARS} characters")
-        if "machine-text" in flags_of({"findings": reply}) or re.search(
-            r"\breports?\b", question + reply, re.I
-        ):
-            raise InstructionRefused("expected an answer about the image, got one about a report or a model")
-        turns.append(Turn(scrub(question).text, scrub(reply).text))
+        turns.append(clean_turn(Turn(question, reply)))
     return turns
+
+
+def clean_turn(turn: Turn) -> Turn:
+    """Return a turn without identifiers; raises InstructionRefused where it tells of the text behind it."""
+    both = f"{turn.question} {turn.answer}"
+    if "machine-text" in flags_of({"findings": turn.answer}) or _SECOND_HAND.search(both):
+        raise InstructionRefused("expected an answer about the image, got one about a report or a model")
+    if any(remove_priors(part)[1] for part in (turn.question, turn.answer)):
+        raise InstructionRefused("expected an answer about this image, got one about earlier studies")
+    return Turn(scrub(turn.question).text, scrub(turn.answer).text)
 
 
 def local_endpoint(

@@ -3,6 +3,8 @@
 Guarantees: deterministic for the same reports and seed; `verify_recall` refuses below the set levels, so an
 import cannot finish with rules that fail on this site's way of writing. It measures identifiers of the kinds
 it plants (names known and titled, numbers, dates, phones, addresses, ages); it is no proof about others.
+Strangers' names without title or cue are planted and counted too, but not held to a level: rules miss
+them, and the count says what a plugged-in recogniser adds.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from client.data.deidentify import Known, scrub
+from client.data.recogniser import Recogniser
 from client.data.reports import language_of
 from common.errors import LeakGateFailed
 
@@ -57,6 +60,9 @@ _GIVEN = (
     "Quentin",
 )
 _HAN_NAMES = ("欧阳明慧", "司徒建国", "诸葛晓琳", "慕容海涛", "端木春兰")
+# Apart from the others, so that one planted name does not hide what became of another.
+_UNCUED_FAMILY = ("Vasquez-Pike", "Thorvaldsen", "Okafor", "Bellweather", "Marchetti", "Lindholm")
+_UNCUED_GIVEN = ("Rosamund", "Tobias", "Ingeborg", "Chidi", "Floriana", "Anselm")
 _KNOWN: dict[str, tuple[str, ...]] = {
     "en": (
         "Patient {given} {family} was seen.",
@@ -104,6 +110,15 @@ _FREE: dict[str, tuple[tuple[str, str], ...]] = {
         ("检查号：{mrn}。", "{mrn}"),
     ),
 }
+_UNCUED: dict[str, tuple[tuple[str, str], ...]] = {
+    "en": (
+        ("As {uncued} wanted, an upright view was taken.", "{uncued}"),
+        ("{uncued} agrees.", "{uncued}"),
+        ("The side was confirmed, {uncued} being present.", "{uncued}"),
+    ),
+    "es": (("Presente {uncued}.", "{uncued}"), ("{uncued} está de acuerdo.", "{uncued}")),
+    "zh": (("{uncued_han}在场。", "{uncued_han}"), ("由{uncued_han}陪同。", "{uncued_han}")),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +129,8 @@ class LeakScore:
     known_found: int
     free_planted: int
     free_found: int
+    uncued_planted: int
+    uncued_found: int
     leaked: dict[str, int]
 
     @property
@@ -126,9 +143,14 @@ class LeakScore:
         """Share of identifiers found without knowing them, 0 to 1."""
         return self.free_found / max(1, self.free_planted)
 
+    @property
+    def uncued_recall(self) -> float:
+        """Share of strangers' names without title or cue that are found, 0 to 1."""
+        return self.uncued_found / max(1, self.uncued_planted)
 
-def measure_leaks(reports: Sequence[str], *, seed: int) -> LeakScore:
-    """Plant two identifiers in each report, scrub, and count those that are gone."""
+
+def measure_leaks(reports: Sequence[str], *, seed: int, recognise: Recogniser | None = None) -> LeakScore:
+    """Plant three identifiers in each report, scrub, and count those that are gone."""
     chooser = random.Random(seed)  # noqa: S311 - test material, not secrets
     counts: Counter[str] = Counter()
     leaked: Counter[str] = Counter()
@@ -137,13 +159,16 @@ def measure_leaks(reports: Sequence[str], *, seed: int) -> LeakScore:
         values, known = _invent(chooser)
         sentence = chooser.choice(_KNOWN[language])
         free, secret = chooser.choice(_FREE[language])
+        uncued, name = chooser.choice(_UNCUED[language])
         parts = text.split(". ")
         parts.insert(chooser.randint(0, len(parts)), sentence.format(**values).rstrip("."))
         parts.insert(chooser.randint(0, len(parts)), free.format(**values).rstrip("."))
-        cleaned = scrub(". ".join(parts), known).text
+        parts.insert(chooser.randint(0, len(parts)), uncued.format(**values).rstrip("."))
+        cleaned = scrub(". ".join(parts), known, recognise).text
         for kind, template, secrets in (
             ("known", sentence, [values[name] for name in re.findall(r"{(\w+)}", sentence)]),
             ("free", free, [secret.format(**values)]),
+            ("uncued", uncued, [name.format(**values)]),
         ):
             counts[f"{kind} planted"] += 1
             if any(_fold(part) in _fold(cleaned) for part in secrets):
@@ -155,6 +180,8 @@ def measure_leaks(reports: Sequence[str], *, seed: int) -> LeakScore:
         known_found=counts["known found"],
         free_planted=counts["free planted"],
         free_found=counts["free found"],
+        uncued_planted=counts["uncued planted"],
+        uncued_found=counts["uncued found"],
         leaked=dict(sorted(leaked.items())),
     )
 
@@ -197,6 +224,8 @@ def _invent(chooser: random.Random) -> tuple[dict[str, str], tuple[Known, ...]]:
         "number": str(chooser.randint(1, 400)),
         "ssn": f"{chooser.randint(100, 899)}-{chooser.randint(10, 99)}-{chooser.randint(1000, 9999)}",
         "mrn": f"{chooser.randint(10**5, 10**6 - 1)}",
+        "uncued": f"{chooser.choice(_UNCUED_GIVEN)} {chooser.choice(_UNCUED_FAMILY)}",
+        "uncued_han": chooser.choice([name for name in _HAN_NAMES if name != han]),
     }
     known = (
         ("name", f"{family}^{given}"),

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from client.data.deidentify import Known, left_over, scrub
+from client.data.labels import disagreements
+from client.data.recogniser import Recogniser, load_recogniser
 from client.data.reports import flags_of, language_of, one_line, remove_priors, split_sections
 from client.data.sitekey import SiteKey, patient_pseudonym, study_pseudonym
 from client.data.sources.paths import resolve_inside
+from client.data.statements import contradictions
 from client.data.store import MAX_IMAGES, MAX_TEXT_CHARS, store_image
 from client.data.study import Dropped, Prepared, Reason, SourceImage, SourceStudy
-from common.errors import StudyRejected
+from common.errors import RecogniserInvalid, StudyRejected
 
 SECTIONS = ("indication", "findings", "impression")
 _ORDER = {"pa": 0, "ap": 1, "frontal": 2, "": 3}
@@ -45,6 +48,8 @@ class Recipe:
     keep_priors: bool = False
     check_writing: bool = True
     with_dicom: bool = False
+    check_chest: bool = True
+    recogniser: str = ""
 
 
 def prepare_study(source: SourceStudy, recipe: Recipe) -> Prepared | Dropped:
@@ -56,9 +61,16 @@ def prepare_study(source: SourceStudy, recipe: Recipe) -> Prepared | Dropped:
         if sum(map(len, source.text.values())) > MAX_TEXT_CHARS:
             raise StudyRejected(Reason.REPORT_TOO_LONG)
         images, view, known, image_facts = _images(source, study, recipe)
-        sections, facts = clean_report(source.text, known, keep_priors=recipe.keep_priors)
+        recognise = load_recogniser(recipe.recogniser) if recipe.recogniser else None
+        sections, facts = clean_report(
+            source.text, known, keep_priors=recipe.keep_priors, recognise=recognise
+        )
     except StudyRejected as error:
         return Dropped(where=source.where, study=study, reason=Reason(error.reason))
+    text = f"{sections['findings']} {sections['impression']}"
+    contradicted = disagreements(source.labels, text, language=facts["language"])
+    flags = {*facts["flags"], *image_facts.pop("flags"), *(["labels-disagree"] if contradicted else [])}
+    facts = {**facts, "flags": sorted(flags), "labels_contradicted": list(contradicted)}
     return Prepared(
         where=source.where,
         patient=patient_pseudonym(recipe.key, source.patient),
@@ -73,16 +85,20 @@ def prepare_study(source: SourceStudy, recipe: Recipe) -> Prepared | Dropped:
 
 
 def clean_report(
-    text: dict[str, str], known: tuple[Known, ...], *, keep_priors: bool
+    text: dict[str, str], known: tuple[Known, ...], *, keep_priors: bool, recognise: Recogniser | None = None
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Return de-identified sections without references to priors, and facts about them.
 
-    Raises StudyRejected: NO_REPORT, NO_FINDINGS, or IDENTIFIER_LEFT when a known identifier remains.
+    Raises StudyRejected: NO_REPORT, NO_FINDINGS, RECOGNISER_FAILED, or IDENTIFIER_LEFT when a known
+    identifier remains.
     """
     redactions: Counter[str] = Counter()
     parts: dict[str, str] = {}
     for name, part in text.items():
-        scrubbed = scrub(part, known)
+        try:
+            scrubbed = scrub(part, known, recognise)
+        except RecogniserInvalid as error:
+            raise StudyRejected(Reason.RECOGNISER_FAILED) from error
         redactions.update(scrubbed.replaced)
         parts[name] = scrubbed.text
     if "report" in parts:
@@ -102,12 +118,16 @@ def clean_report(
         raise StudyRejected(Reason.NO_FINDINGS)
     if left_over(" ".join(sections.values()), known):
         raise StudyRejected(Reason.IDENTIFIER_LEFT)
+    language = language_of(sections["findings"])
+    flags = set(flags_of(sections))
+    if contradictions(sections["findings"], sections["impression"], language=language):
+        flags.add("sections-disagree")
     facts = {
         "words": len(sections["findings"].split()),
-        "language": language_of(sections["findings"]),
+        "language": language,
         "priors_removed": removed,
         "redactions": dict(sorted(redactions.items())),
-        "flags": list(flags_of(sections)),
+        "flags": sorted(flags),
     }
     return sections, facts
 
@@ -140,7 +160,9 @@ def frontal_images(images: tuple[SourceImage, ...]) -> tuple[tuple[SourceImage, 
 def _images(
     source: SourceStudy, study: str, recipe: Recipe
 ) -> tuple[tuple[str, ...], str, tuple[Known, ...], dict[str, Any]]:
+    from client.data.anatomy import FLAG, QUARANTINE, chest_score
     from client.data.burned_in import has_burned_in_text
+    from client.data.collimation import crop_collimation
     from client.data.dicom import (
         decode_dicom,
         is_dicom,
@@ -157,6 +179,7 @@ def _images(
     names: list[str] = []
     digests: list[str] = []
     thumbnails: list[str] = []
+    flags: set[str] = set()
     for image in chosen[:MAX_IMAGES]:
         path = resolve_inside(recipe.source, image.path)
         if is_dicom(path):
@@ -170,7 +193,12 @@ def _images(
         verify_not_blank(pixels)
         if recipe.check_writing and has_burned_in_text(pixels):
             raise StudyRejected(Reason.BURNED_IN_TEXT)
-        pixels = fit_within(crop_border(pixels), max_side=recipe.max_side)
+        pixels = crop_collimation(crop_border(pixels))
+        if recipe.check_chest and (score := chest_score(pixels)) < FLAG:
+            if score < QUARANTINE:
+                raise StudyRejected(Reason.UNLIKE_CHEST)
+            flags.add("unlike-a-chest")
+        pixels = fit_within(pixels, max_side=recipe.max_side)
         content = encode_png(pixels, bits=recipe.bits)
         digest = hashlib.sha256(content).hexdigest()
         if digest in digests:
@@ -185,4 +213,5 @@ def _images(
                 target = recipe.staging / dicom_name(names[-1])
                 target.parent.mkdir(parents=True, exist_ok=True)
                 dataset.save_as(target, enforce_file_format=True)
-    return tuple(names), view, tuple(dict.fromkeys(known)), {"sha256": digests, "thumbnails": thumbnails}
+    facts = {"sha256": digests, "thumbnails": thumbnails, "flags": sorted(flags)}
+    return tuple(names), view, tuple(dict.fromkeys(known)), facts

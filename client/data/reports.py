@@ -75,10 +75,6 @@ _MACHINE = re.compile(
     r"|^#{1,3} |please consult (?:a|your)|\bcertainly[!,]",
     re.I | re.M,
 )
-_ABNORMAL = (
-    "effusion", "pneumothorax", "consolidation", "edema", "cardiomegaly", "atelectasis", "nodule", "fracture",
-    "pneumonia", "opacity", "derrame", "neumotórax", "cardiomegalia", "胸腔积液", "气胸", "心影增大",
-)  # fmt: skip
 _NEGATION = re.compile(
     r"\b(?:no|not|without|negative for|free of|absence of|resolved|rather than|sin|ni|niega)\b"
     r"|未见|无|没有|否认",
@@ -147,8 +143,6 @@ def flags_of(sections: Mapping[str, str]) -> tuple[str, ...]:
         flags.add("machine-text")
     if len(set(parts)) < len(parts):
         flags.add("repeated-sentence")
-    if contradictions(findings, impression):
-        flags.add("sections-disagree")
     if len(findings.split()) < 5 and language_of(findings) != "zh":
         flags.add("very-short")
     if findings.count("___") * 8 > max(1, len(findings.split())):
@@ -156,12 +150,9 @@ def flags_of(sections: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(sorted(flags))
 
 
-def contradictions(findings: str, impression: str) -> tuple[str, ...]:
-    """Return the finding words that one section affirms and the other denies throughout."""
-    first, second = _mentions(findings), _mentions(impression)
-    return tuple(
-        word for word in _ABNORMAL if word in first and word in second and first[word] != second[word]
-    )
+def negated(text: str) -> bool:
+    """Tell whether words before a finding deny it, in English, Spanish or Chinese."""
+    return _NEGATION.search(text) is not None
 
 
 def language_of(text: str) -> str:
@@ -232,14 +223,3 @@ def _drop_change(sentence: str) -> tuple[str, int]:
         r"[，,]?较前(?:片)?(?:明显|稍|略)?(?:增多|减少|吸收|好转|进展|相仿|增大|缩小)", "", shorter
     )
     return (shorter[:1].upper() + shorter[1:], count + more) if count + more else (sentence, 0)
-
-
-def _mentions(text: str) -> dict[str, bool]:
-    """Map each finding word of a text to whether some sentence affirms it."""
-    found: dict[str, bool] = {}
-    for sentence in sentences(text.lower()):
-        for word in _ABNORMAL:
-            at = sentence.find(word)
-            if at >= 0:
-                found[word] = found.get(word, False) or not _NEGATION.search(sentence[:at])
-    return found

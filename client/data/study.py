@@ -34,9 +34,14 @@ class Reason(StrEnum):
     IMAGE_TOO_SMALL = "image-too-small"
     IMAGE_BLANK = "image-blank"
     IMAGE_CRASHED = "image-crashed-decoder"
+    MULTI_FRAME = "image-multi-frame"
+    COLOUR = "image-colour"
+    UNKNOWN_COMPRESSION = "image-compression-unknown"
     DUPLICATE_IMAGE = "duplicate-image"
     IMAGE_CONFLICT = "image-of-two-patients"
     BURNED_IN_TEXT = "quarantine-burned-in-text"
+    UNLIKE_CHEST = "quarantine-unlike-a-chest"
+    RECOGNISER_FAILED = "quarantine-recogniser-failed"
     WITHDRAWN = "consent-withdrawn"
     IDENTIFIER_LEFT = "quarantine-identifier-left"
 
@@ -52,7 +57,8 @@ class SourceImage:
 @dataclass(frozen=True, slots=True)
 class SourceStudy:
     """A study as read: `where` names file and row; `text` has sections or one `report`; `known` has the
-    identifiers that header and table give for this patient (kind, value)."""
+    identifiers that header and table give for this patient (kind, value); `labels` the findings that the
+    source states apart from the text (name of `labels.py`, present or not)."""
 
     where: str
     patient: str
@@ -61,6 +67,7 @@ class SourceStudy:
     text: dict[str, str]
     known: tuple[tuple[str, str], ...] = ()
     reason: str = ""
+    labels: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,7 @@ def parse_source(text: str) -> SourceStudy:
     value = json.loads(text)
     value["images"] = tuple(SourceImage(**image) for image in value["images"])
     value["known"] = tuple((kind, known) for kind, known in value["known"])
+    value["labels"] = tuple((name, present) for name, present in value["labels"])
     return SourceStudy(**value)
 
 

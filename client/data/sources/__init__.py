@@ -35,6 +35,13 @@ def reader_of(name: str) -> Reader:
     """Return the reader of a format."""
 
     def read(plan: ImportPlan, progress: Progress) -> Iterator[SourceStudy]:
+        from client.data.labels import with_labels
+        from client.data.sources.mimic import label_table
+
+        labels = plan.labels or (label_table(plan.source) if name == "mimic-cxr-jpg" else None)
+        return with_labels(studies(plan, progress), labels)
+
+    def studies(plan: ImportPlan, progress: Progress) -> Iterator[SourceStudy]:
         from client.data.sources import dicom_folder, fhir, mimic, openi, padchest, table
 
         if name == "table":

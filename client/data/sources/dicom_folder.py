@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from client.data.dicom import is_dicom, read_dicom, text_of, view_of
+from client.data.labels import parse_list
 from client.data.sources.paths import resolve_inside, walk_files
 from client.data.sources.table import IDENTIFIERS, SECTIONS, find_table, read_rows
 from client.data.study import Reason, SourceImage, SourceStudy
@@ -57,7 +58,7 @@ def read_dicom_folder(
 
 def _store(index: sqlite3.Connection, folder: Path, path: Path, number: int) -> None:
     relative = path.relative_to(folder).as_posix()
-    if not is_dicom(path):
+    if (path.name.startswith(".") and path.suffix == ".partial") or not is_dicom(path):
         return
     try:
         header = read_dicom(path, pixels=False)
@@ -124,6 +125,7 @@ def _joined(index: sqlite3.Connection, rows: Iterator[tuple[str, dict[str, str]]
             text={name: row[name] for name in (*SECTIONS, "report") if row.get(name)},
             known=tuple((name, row[name]) for name in IDENTIFIERS if row.get(name)),
             reason=reason or row.get("reason", ""),
+            labels=parse_list(row.get("labels", "")),
         )
 
 

@@ -43,6 +43,11 @@ def read_mimic(folder: Path) -> Iterator[SourceStudy]:
         )
 
 
+def label_table(folder: Path) -> Path | None:
+    """Return the CheXpert labels that come with the images, where they are there."""
+    return next(iter(sorted(folder.glob("mimic-cxr-*-chexpert.csv*"))), None)
+
+
 def read_report(folder: Path, relative: str) -> tuple[str, str]:
     """Read a report text below a folder; returns text and reason, one of them empty."""
     try:

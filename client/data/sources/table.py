@@ -45,6 +45,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "physician": ("physician", "referring_physician", "referringphysicianname", "radiologist"),
     "address": ("address", "patient_address"),
     "phone": ("phone", "telephone"),
+    "labels": ("labels", "finding_labels"),
 }
 IDENTIFIERS = ("name", "birth_date", "study_date", "physician", "address", "phone")
 
@@ -121,25 +122,30 @@ def read_rows(
 
     Raises SourceInvalid for a missing required column, a row of the wrong width, or text that is not UTF-8.
     """
-    rows = _raw_rows(table)
+    rows = raw_rows(table)
     header = [name.lower() for name in next(rows)[1]]
     columns = _columns(table, header, required, mapping or {})
     for where, values in rows:
         yield where, {name: values[index] for name, index in columns.items()}
 
 
-def read_columns(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (`file:line`, row) with exactly the named columns; raises SourceInvalid as `read_rows`."""
-    rows = _raw_rows(table)
+def read_columns(
+    table: Path, columns: tuple[str, ...], *, optional: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (`file:line`, row) with exactly the named columns, absent optional ones empty.
+
+    Raises SourceInvalid as `read_rows`.
+    """
+    rows = raw_rows(table)
     header = next(rows)[1]
     if missing := [name for name in columns if name not in header]:
         raise SourceInvalid(f"{table}: expected a column {missing[0]}, found none")
-    places = [header.index(name) for name in columns]
+    places = {name: header.index(name) for name in (*columns, *optional) if name in header}
     for where, values in rows:
-        yield where, {name: values[place] for name, place in zip(columns, places, strict=True)}
+        yield where, {**dict.fromkeys(optional, ""), **{name: values[at] for name, at in places.items()}}
 
 
-def _raw_rows(table: Path) -> Iterator[tuple[str, list[str]]]:
+def raw_rows(table: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield the header, then every row that is not empty, as stripped values of the header's width."""
     if table.is_symlink() or not table.is_file():
         raise SourceInvalid(f"expected a plain file {table}")
@@ -167,6 +173,8 @@ def read_table(
     folder: Path, *, table: Path | None = None, mapping: Mapping[str, str] | None = None
 ) -> Iterator[SourceStudy]:
     """Yield one study per row of a table; image paths are relative to `folder`."""
+    from client.data.labels import parse_list
+
     table = table or find_table(folder)
     for where, row in read_rows(table, required=("patient", "study", "image"), mapping=mapping):
         images = tuple(
@@ -182,6 +190,7 @@ def read_table(
             text={name: row[name] for name in (*SECTIONS, "report") if row.get(name)},
             known=tuple((name, row[name]) for name in IDENTIFIERS if row.get(name)),
             reason="" if row["patient"] and row["study"] else Reason.NO_IDENTIFIER,
+            labels=parse_list(row.get("labels", "")),
         )
 
 

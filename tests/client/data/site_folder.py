@@ -22,15 +22,17 @@ def radiograph(seed: int, *, side: int = 128) -> Image.Image:
     """Draw two dark lungs with random ribs, shadows and noise on a bright body."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[0:side, 0:side] / side
-    image = 0.75 + 0.1 * generator.standard_normal() * (y - 0.5)
+    image = (
+        0.7 + 0.1 * generator.standard_normal() * (y - 0.5) + 0.15 * (y > 0.8) + 0.15 * (abs(x - 0.5) < 0.08)
+    )
     for centre in (0.3, 0.7):
         dx, dy = generator.normal(0, 0.03, 2)
         lung = ((x - centre - dx) / 0.16) ** 2 + ((y - 0.45 - dy) / 0.32) ** 2 < 1
-        image = np.where(lung, 0.25 + 0.05 * np.sin(40 * y + generator.uniform(0, 6)), image)
+        image = np.where(lung, 0.25 + 0.06 * np.sin(40 * y + generator.uniform(0, 6)), image)
     for _ in range(6):
-        cx, cy, radius = [*generator.uniform(0.15, 0.85, 2).tolist(), generator.uniform(0.02, 0.12)]
+        cx, cy, radius = [*generator.uniform(0.15, 0.85, 2).tolist(), generator.uniform(0.02, 0.09)]
         image = np.where(
-            (x - cx) ** 2 + (y - cy) ** 2 < radius**2, image + generator.uniform(-0.3, 0.3), image
+            (x - cx) ** 2 + (y - cy) ** 2 < radius**2, image + generator.uniform(-0.2, 0.2), image
         )
     image = image + generator.normal(0, 0.02, image.shape)
     return Image.fromarray((np.clip(image, 0, 1) * 255).astype(np.uint8))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from client.data import burned_in
-from client.data.burned_in import has_burned_in_text, is_marker, tesseract
+from client.data.burned_in import has_burned_in_text, is_marker, is_side_with_initials
+from client.data.ocr import Word, tesseract
 from client.data.pixels import Gray
 from tests.client.data.synthetic_dicom import base_image, burn
 
@@ -49,3 +50,28 @@ def test_marker_is_known_even_misread(text: str) -> None:
 @pytest.mark.parametrize("text", ["WRIGHT", "CHESTER", "PORTER", "ERIC", "LEFTON", "7734921"])
 def test_name_like_a_marker_is_no_marker(text: str) -> None:
     assert not is_marker(text)
+
+
+@pytest.mark.parametrize("text", ["LT ORM", "LT.MAA", "LT KAB/BMS", "JHLT", "BN LT", "RT MCH", "LT8MS"])
+def test_initials_beside_the_side_are_a_marker(text: str) -> None:
+    assert is_side_with_initials([Word(part, 90.0) for part in text.split()])
+
+
+@pytest.mark.parametrize(
+    "text", ["HOLT", "KURT", "WALT", "LTJOHN", "LT 4455", "LT A123", "SMITH LT", "LISA", "RICK", "LEE"]
+)
+def test_names_and_numbers_beside_a_side_are_no_marker(text: str) -> None:
+    assert not is_side_with_initials([Word(part, 90.0) for part in text.split()])
+
+
+@needs_tesseract
+@pytest.mark.parametrize(("text", "found"), [("JH LT", False), ("LT ROMANO", True)])
+def test_technologists_mark_passes_and_a_name_does_not(text: str, found: bool) -> None:
+    assert has_burned_in_text(picture(9, text)) is found
+
+
+def test_noise_too_low_for_letters_is_no_writing() -> None:
+    small = picture(3, "")[:256, :256].copy()
+    small[-3:, 20:120:4] = 65535
+    with patch.object(burned_in, "tesseract", return_value=None):
+        assert not has_burned_in_text(small)

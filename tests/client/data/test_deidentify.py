@@ -109,4 +109,4 @@ def test_leak_gate_finds_all_planted_and_is_repeatable() -> None:
 @pytest.mark.parametrize(("known", "free"), [(99, 100), (100, 97)])
 def test_leak_gate_refuses_below_its_levels(known: int, free: int) -> None:
     with pytest.raises(LeakGateFailed, match="planted identifiers"):
-        verify_recall(LeakScore(100, known, 100, free, {"Chart {id}.": 1}))
+        verify_recall(LeakScore(100, known, 100, free, 0, 0, {"Chart {id}.": 1}))

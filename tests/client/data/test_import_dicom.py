@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from client.data.burned_in import tesseract
+from client.data.ocr import tesseract
 from client.data.sitekey import load_key, study_pseudonym
 from client.data.store import Pair, read_pairs
 from common.errors import SourceInvalid

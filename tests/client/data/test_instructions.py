@@ -80,9 +80,62 @@ def test_other_formats_carry_questions_and_answers() -> None:
     ]
     single = [turn for sample in made for turn in sample.turns]
     assert [sample.turns for sample in parse_vqa_rad(format_vqa_rad(made))] == [(turn,) for turn in single]
-    assert [sample.turns[0].answer for sample in parse_pefomed(format_pefomed(made))] == [
-        sample.turns[0].answer for sample in made
+    assert [
+        (sample.study, sample.made_by, sample.split) for sample in parse_vqa_rad(format_vqa_rad(made))
+    ] == [("s1", "rules-1", "test")] * len(single)
+    assert parse_llava_rad(format_llava_rad(made)) == made
+    assert [sample.turns for sample in parse_pefomed(format_pefomed(made))] == [made[0].turns]
+
+
+def test_entries_as_others_write_them_are_read() -> None:
+    rad = parse_llava_rad(
+        """[{"id": "10_50", "image": "mimic/p10/a.jpg", "generate_method": "gpt4", "reason": "Cough.",
+        "impression": null, "view": "AP", "chexpert_labels": {"Edema": 1.0, "Fracture": NaN},
+        "conversations": [
+        {"from": "human", "value": "<image>\\nDescribe the findings of the chest x-ray.\\n"},
+        {"from": "gpt", "value": "No pneumothorax."}]}]"""
+    )
+    assert rad[0].turns == (Turn("Describe the findings of the chest x-ray.", "No pneumothorax."),)
+    assert (rad[0].made_by, rad[0].study) == ("gpt4", "")
+    vqa = parse_vqa_rad(
+        """[{"qid": 7, "phrase_type": "test_para", "qid_linked_id": "x", "image_name": "synpic1.jpg",
+        "image_organ": "CHEST", "evaluation": "evaluated", "question": "How many lungs?", "answer": 2,
+        "answer_type": "OPEN"}]"""
+    )
+    assert (vqa[0].sample, vqa[0].split, vqa[0].turns) == ("7", "test", (Turn("How many lungs?", "2"),))
+    captions = parse_pefomed(
+        '[{"image": "a.png", "caption": "Clear."}, {"image_path": "b", "report": "Big."}]'
+    )
+    assert [(sample.image, sample.turns[0].answer) for sample in captions] == [
+        ("a.png", "Clear."),
+        ("b", "Big."),
     ]
+
+
+def test_command_converts_and_cleans(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs.json"
+    theirs.write_text(
+        json.dumps(
+            [
+                {"qid": 1, "image_name": "a", "question": "Who read it?", "answer": "Dr. Jane Doe did."},
+                {"qid": 2, "image_name": "a", "question": "What does the report say?", "answer": "Clear."},
+                {
+                    "qid": 3,
+                    "image_name": "b",
+                    "question": "Changed?",
+                    "answer": "Unchanged from the prior film.",
+                },
+            ]
+        )
+    )
+    ours = tmp_path / "ours.json"
+    counts = run("convert", str(theirs), "--from", "vqa-rad", "--to", "llava", "--out", str(ours))
+    assert (counts["samples"], counts["refused"]) == (1, 2)
+    assert parse_llava(ours.read_text())[0].turns == (Turn("Who read it?", "___ did."),)
+    whole = run(
+        "convert", str(theirs), "--from", "vqa-rad", "--to", "llava", "--out", str(ours), "--no-clean"
+    )
+    assert whole["samples"] == 3
 
 
 @pytest.mark.parametrize(
@@ -109,6 +162,8 @@ def test_malformed_llava_file_is_refused(text: str) -> None:
         '[{"question": "q", "answer": ""}]',
         '[{"question": "What does the report say?", "answer": "Clear lungs."}]',
         '[{"question": "q", "answer": "As an AI language model I cannot tell."}]',
+        '[{"question": "q", "answer": "According to the description the heart is large."}]',
+        '[{"question": "q", "answer": "Effusion, increased compared to the prior study."}]',
     ],
 )
 def test_unusable_model_answer_is_refused(answer: str) -> None:
@@ -136,16 +191,42 @@ def test_endpoint_off_this_machine_is_refused(url: str) -> None:
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """A small OpenAI-compatible server that repeats a finding of the report."""
+    """A small server of the OpenAI chat completions interface that repeats a finding of the report.
+
+    Models: `small` answers, `talkative` speaks of the report, any other is unknown (404), as servers do.
+    """
+
+    protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        finding = body["messages"][0]["content"].split("Report: ")[1].split(".")[0]
-        content = json.dumps([{"question": "What is seen?", "answer": f"{finding}."}])
-        data = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
-        self.send_response(200)
+        if self.path != "/v1/chat/completions" or self.headers["Content-Type"] != "application/json":
+            self.answer(404, {"error": {"message": "not found", "type": "invalid_request_error"}})
+        elif body["model"] not in ("small", "talkative"):
+            self.answer(404, {"error": {"message": "no such model", "type": "invalid_request_error"}})
+        else:
+            (message,) = body["messages"]
+            assert message["role"] == "user" and not body.get("stream")
+            finding = message["content"].split("Report: ")[1].split(".")[0]
+            finding = f"The report says: {finding}" if body["model"] == "talkative" else finding
+            content = json.dumps([{"question": "What is seen?", "answer": f"{finding}."}])
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant", "content": f"```json\n{content}\n```"},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+            usage = {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 18}
+            document = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"]}
+            self.answer(200, {**document, "choices": [choice], "usage": usage})
+
+    def answer(self, status: int, document: dict[str, Any]) -> None:
+        data = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n0\r\n\r\n")
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Keep quiet."""
@@ -166,6 +247,19 @@ def test_local_model_makes_a_sample_that_names_it(endpoint: str) -> None:
     sample = model_instruction(PAIR, local_endpoint(endpoint, "small"), model="small")
     assert sample.turns == (Turn("What is seen?", "The heart is enlarged."),)
     assert sample.made_by == "model:small"
+
+
+@pytest.mark.parametrize(("model", "message"), [("unknown", "status 200"), ("talkative", "about a report")])
+def test_model_that_is_unknown_or_speaks_of_the_report_is_refused(
+    endpoint: str, model: str, message: str
+) -> None:
+    with pytest.raises(InstructionRefused, match=message):
+        model_instruction(PAIR, local_endpoint(endpoint, model), model=model)
+
+
+def test_endpoint_that_is_down_is_refused() -> None:
+    with pytest.raises(InstructionRefused, match="local endpoint"):
+        local_endpoint("http://127.0.0.1:9/v1", "m", timeout_s=2)("Report: x.")
 
 
 def test_command_writes_rules_and_model_samples(tmp_path: Path, endpoint: str) -> None:
