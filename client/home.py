@@ -108,7 +108,8 @@ def create_home(
 ) -> SiteHome:
     """Make or update a site's directory and its message key; an existing key is kept."""
     home = SiteHome(directory, site, operator_key, data, bases, epsilon, delta)
-    (directory / "keys").mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (directory / "keys").mkdir(exist_ok=True, mode=0o700)
     load_or_create_key(home.key_path)
     load_or_create_key(home.witness_key_path)
     value = {

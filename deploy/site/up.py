@@ -88,6 +88,8 @@ class _Layout:
         owner = directory.stat()
         if owner.st_uid == account.uid:
             raise EngineFailed(f"--relay-user: expected another user than the one that owns {directory}")
+        for path in (directory, home.data):
+            verify_closed(path, account, options.relay_user)
         relay = options.relay_directory or directory.with_name(directory.name + "-relay")
         run = options.run_directory or directory.with_name(directory.name + "-run")
         run.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -195,6 +197,19 @@ def run_relay(relay: Relay, *, stop: threading.Event) -> None:
             programs.start(program)
         while not stop.wait(_TICK_S):
             programs.tick()
+
+
+def verify_closed(path: Path, account: Account, name: str) -> None:
+    """Raise EngineFailed unless the folder can be entered neither by everybody nor by this account."""
+    found = path.stat()
+    bits = 0o007
+    if found.st_gid == account.gid:
+        bits |= 0o070
+    if found.st_uid == account.uid or found.st_mode & bits:
+        raise EngineFailed(
+            f"{path}: expected a folder that {name} cannot enter, got mode {found.st_mode & 0o777:04o}; "
+            "`chmod 700` it"
+        )
 
 
 def _socket(run: Path) -> Path:

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from client.home import create_home
 from common.errors import EngineFailed
 from deploy.site.relay import Relay, account_of, give_relay_files, relay_programs
+from deploy.site.up import SiteOptions, _Layout, verify_closed
+from deploy.supervision import Account
 from tests.deploy.lab import ROOT, RealConsortium, running
 
 NOBODY = "nobody"
@@ -55,6 +58,31 @@ def test_a_relay_without_its_files_is_refused(tmp_path: Path) -> None:
 def test_a_relay_user_must_be_an_account_without_rights(name: str, words: str) -> None:
     with pytest.raises(EngineFailed, match=words):
         account_of(name)
+
+
+@pytest.mark.parametrize("mode", [0o701, 0o704, 0o755, 0o777])
+def test_a_folder_that_the_relays_user_can_enter_is_refused(tmp_path: Path, mode: int) -> None:
+    account = account_of(NOBODY)
+    tmp_path.chmod(0o700)
+    verify_closed(tmp_path, account, NOBODY)
+    tmp_path.chmod(mode)
+    with pytest.raises(EngineFailed, match="chmod 700"):
+        verify_closed(tmp_path, account, NOBODY)
+
+
+def test_the_relays_own_group_counts(tmp_path: Path) -> None:
+    tmp_path.chmod(0o750)
+    verify_closed(tmp_path, Account(65534, 65534), NOBODY)
+    with pytest.raises(EngineFailed, match="0750"):
+        verify_closed(tmp_path, Account(65534, tmp_path.stat().st_gid), NOBODY)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="as root it would go on")
+def test_two_users_need_another_user_than_the_sites(tmp_path: Path) -> None:
+    home = create_home(tmp_path / "north", site="north", operator_key="", data=tmp_path, bases={})
+    os.chown(home.directory, 65534, 65534)
+    with pytest.raises(EngineFailed, match="another user"):
+        _Layout.of(home, SiteOptions(relay_user=NOBODY))
 
 
 @pytest.fixture()
@@ -106,6 +134,7 @@ def _serve_as_two_users(consortium: RealConsortium) -> None:
     packages = next(path for path in sys.path if path.endswith("site-packages"))
     consortium.start_server()
     consortium.start_site("south")
+    (consortium.directory / "data" / "north").chmod(0o700)
     consortium.start_site(
         "north", "--relay-user", NOBODY, python=SYSTEM_PYTHON,
         PYTHONPATH=os.pathsep.join([str(ROOT), packages]),
@@ -134,7 +163,6 @@ def _serve_as_two_users(consortium: RealConsortium) -> None:
         Path(f"/proc/{pid_of(home, 'client.cli agent')}/mem"),
     ]
     images = sorted((consortium.directory / "data" / "north").rglob("*.png"))[:3]
-    (consortium.directory / "data").chmod(0o700)
     for path in (*secrets, *images, consortium.directory / "data" / "north" / "pairs.jsonl"):
         done = as_nobody("cat", str(path))
         assert done.returncode != 0 and "denied" in done.stderr and not done.stdout, path
