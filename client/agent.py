@@ -9,6 +9,7 @@ named, signed refusal. Guarantees: for one round, attempt and stage it serves on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import secrets
@@ -22,6 +23,7 @@ from client import policy
 from client.budget import Budget, BudgetLimits
 from client.contribution import local_update, noised_sum, plain_sum, round_randomness
 from client.data.store import read_pairs
+from client.evaluate.federated import charge_evaluation, evaluation_account
 from client.home import SiteHome, read_approval, read_approved_study, verify_data
 from client.masking import MaskedRounds
 from client.models import ModelPool
@@ -37,12 +39,14 @@ from common.errors import (
     BaseHashMismatch,
     BaseInvalid,
     BodyTooLarge,
+    BudgetMismatch,
     DataInsufficient,
     EnvelopeMalformed,
     FedRadError,
     StudyNotApproved,
     WrongStage,
 )
+from common.evaluation_counts import evaluation_plan_of
 from common.identity import SigningKey
 from common.ledger.statements import commit, format_participation, sign_contribution
 from common.model.lora import Vector, vector_size, vector_to_bytes
@@ -307,7 +311,9 @@ class SiteAgent:
             sent = vector_to_bytes(self._float_contribution(running, header.round, vector, csprng))
         else:
             form = "masked" if study.masked else "u32"
-            units = self._noised_sum(running, header.round, vector, csprng)
+            evaluates = header.round == study.rounds
+            work = self._evaluation if evaluates else self._noised_sum
+            units = work(running, header.round, vector, csprng)
             if study.masked:
                 upload = format_upload(running.masked.mask(header.round, header.attempt, units))
                 keys = self._next_keys(running, header.round)
@@ -327,8 +333,10 @@ class SiteAgent:
         """State what this site did: a commitment to what it sends, its noise, ε spent with this round."""
         study, spent, sigma = running.study, 0.0, 0.0
         if study.privacy.mode is not Mode.PLAIN:
-            spent = self._open_budget().spent(study.sha256)
-            sigma = plan_of(study).site_share_sigma_units
+            evaluates = header.round == study.rounds
+            account = evaluation_account(study.sha256) if evaluates else study.sha256
+            spent = self._open_budget().spent(account)
+            sigma = (evaluation_plan_of(study) if evaluates else plan_of(study)).site_share_sigma_units
         commitment_key = hashlib.sha256(b"fedrad commitment key\0" + seed).digest()
         statement = sign_contribution(
             study, self._key, site=self.home.site, number=header.round, attempt=header.attempt,
@@ -362,9 +370,12 @@ class SiteAgent:
         cosignature = self._cosign(running, offer, newest)
         state.see(newest)
         if newest.round == study.rounds - 1:
-            running.masked.forget_before(study.rounds + 1)
+            running.masked.forget_before(study.sums + 1)
             if study.privacy.mode is not Mode.PLAIN:
                 self._open_budget().end(study.sha256)
+            if study.federated_evaluation is not None:
+                with contextlib.suppress(BudgetMismatch):  # it took no part in the evaluation
+                    self._open_budget().end(evaluation_account(study.sha256))
         return pack_body({"seen_round": newest.round, "seen_record": newest.record_sha256}, cosignature)
 
     def _deal(self, running: _Running, round: int, attempt: int, key_set: bytes) -> bytes:
@@ -432,6 +443,12 @@ class SiteAgent:
         if study.privacy.mode is Mode.PLAIN:
             return seed
         self._training_data(running)
+        if message.header.round == study.rounds:
+            return charge_evaluation(
+                self._open_budget(), study.sha256, evaluation_plan_of(study), number=message.header.round,
+                attempt=message.header.attempt, request_sha256=message.sha256,
+                data_sha256=running.data_sha256, seed=seed,
+            ).seed  # fmt: skip
         plan = plan_of(study)
         charge = self._open_budget().charge(
             study.sha256,
@@ -461,6 +478,21 @@ class SiteAgent:
         with self._models.use(study, self.home.base_directory(study.base.name)) as adapted:
             adapted.write_vector(vector)
             return noised_sum(adapted, study, data, csprng, round=round, progress=_untold)
+
+    def _evaluation(
+        self, running: _Running, round: int, vector: Vector, csprng: Csprng
+    ) -> npt.NDArray[np.uint32]:
+        from client.evaluate.contribution import evaluation_units
+
+        study, section = running.study, running.study.federated_evaluation
+        if section is None:
+            raise WrongStage("federated_evaluation: expected no such round in this study, got one")
+        with self._models.use(study, self.home.base_directory(study.base.name)) as adapted:
+            adapted.write_vector(vector)
+            return evaluation_units(
+                adapted, study, read_pairs(self.home.data), evaluation_plan_of(study), csprng,
+                split=section.split, data=self.home.data, cache=self.home.cache,
+            )  # fmt: skip
 
     def _tell(self, study: Study, round: int, stage: Stage, percent: int) -> None:
         self._report(Progress(study.study.id, round, stage.value, percent))

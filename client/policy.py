@@ -44,8 +44,8 @@ def verify_cohort(study: Study, cohort: Sequence[str], *, site: str) -> None:
 
 def verify_turn(study: Study, header: Header, seen: Seen, *, last_attempt: int) -> None:
     """Refuse a round outside the study or already behind, and an attempt that is not a new one."""
-    if header.round >= study.rounds:
-        raise RoundLimitReached(f"stage.rounds: expected a round below {study.rounds}, got {header.round}")
+    if header.round >= study.sums:
+        raise RoundLimitReached(f"stage.rounds: expected a round below {study.sums}, got {header.round}")
     if header.round <= seen.round:
         raise RoundAlreadyServed(f"expected a round after {seen.round}, got round {header.round} again")
     if not 1 <= header.attempt <= study.cohort.max_attempts:

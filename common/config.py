@@ -217,6 +217,18 @@ class EvaluationSection:
 
 
 @dataclass(frozen=True)
+class FederatedEvaluationSection:
+    """One evaluation of the final adapter on every site's held-out studies; only noised counts leave.
+
+    The two ε are the evaluation's own, at the study's δ, on top of training's.
+    """
+
+    site_epsilon: float = _number(0, 1000, open_low=True)
+    release_epsilon: float = _number(0, 1000, open_low=True)
+    split: str = _text(r"validation|test", "validation or test", default="test")
+
+
+@dataclass(frozen=True)
 class AcceptanceSection:
     """The operator's test of a new adapter on a public set, every so many rounds.
 
@@ -260,6 +272,7 @@ class Study:
     evaluation: EvaluationSection = EvaluationSection()
     acceptance: AcceptanceSection | None = None
     audit: AuditSection | None = None
+    federated_evaluation: FederatedEvaluationSection | None = None
     testing: TestingSection | None = None
 
     @property
@@ -270,6 +283,11 @@ class Study:
     @property
     def rounds(self) -> int:
         return sum(stage.rounds for stage in self.stage)
+
+    @property
+    def sums(self) -> int:
+        """Rounds of training and, where there is one, the federated evaluation after them."""
+        return self.rounds + (self.federated_evaluation is not None)
 
     @property
     def site_ids(self) -> tuple[str, ...]:
@@ -488,6 +506,12 @@ def _check_combinations(study: Study) -> None:
             ("cohort", "witness_quorum"),
             f"expected at most the number of sites ({len(ids)}), got {study.cohort.witness_quorum}",
         )
+    if study.federated_evaluation is not None and not study.masked:
+        raise _At(
+            ("federated_evaluation",),
+            "expected it with mode consortium and masks only (one site's counts need the others' noise), got "
+            f"mode {study.privacy.mode.value}",
+        )
     _check_privacy(study, len(ids))
 
 
@@ -559,6 +583,16 @@ def _closest(word: str, words: list[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def _evaluation_words(study: Study) -> str:
+    evaluation = study.federated_evaluation
+    if evaluation is None:
+        return "none across sites"
+    return (
+        f"the final model, on each site's {evaluation.split} split; noised counts only, ε ≤ "
+        f"{evaluation.site_epsilon:g} against the server and ≤ {evaluation.release_epsilon:g} for the figures"
+    )
+
+
 def describe(study: Study) -> dict[str, str]:
     """Say in words what a study may do, for those who approve it."""
     stages = ", then ".join(f"{s.name.value} for {s.rounds} rounds" for s in study.stage)
@@ -585,6 +619,7 @@ def describe(study: Study) -> dict[str, str]:
             f"{training.studies_per_patient} studies each"
         ),
         "privacy": protection,
+        "evaluation": _evaluation_words(study),
         "cohort": f"at least {cohort.min_sites} of {', '.join(study.site_ids)}",
         "attempts": f"at most {cohort.max_attempts} per round, {cohort.deadline_s:g} s each",
     }

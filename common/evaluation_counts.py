@@ -13,6 +13,7 @@ findings count less.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,17 @@ def evaluation_plan(
         spare_rounds=study.privacy.spare_rounds,
         local_steps=1,
         delta=study.privacy.delta,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def evaluation_plan_of(study: Study) -> PrivacyPlan:
+    """Return the plan of a study's one federated evaluation, as both sides derive it from the manifest."""
+    section = study.federated_evaluation
+    if section is None:
+        raise ScoresInvalid("federated_evaluation: expected this section in the manifest, got none")
+    return evaluation_plan(
+        study, site_epsilon=section.site_epsilon, release_epsilon=section.release_epsilon, rounds=1
     )
 
 

@@ -64,16 +64,16 @@ class Protected:
 
 def parse_floats(blob: memoryview, *, study: Study, site: str) -> Floats:
     """Decode a site's float32 vector [adapter size]; raises AdapterInvalid naming the site."""
-    _verify_size(blob, study=study, site=site)
+    _verify_size(blob, length=vector_size(study.adapter.tensors), site=site)
     values = np.frombuffer(blob, "<f4")
     if not np.isfinite(values).all():
         raise AdapterInvalid(f"contribution of {site}: expected finite values, got a NaN or an infinity")
     return values
 
 
-def parse_units(blob: memoryview, *, study: Study, site: str) -> Units:
-    """Decode a site's integers modulo 2^32 [adapter size]; raises AdapterInvalid naming the site."""
-    _verify_size(blob, study=study, site=site)
+def parse_units(blob: memoryview, *, length: int, site: str) -> Units:
+    """Decode a site's integers modulo 2^32 [length]; raises AdapterInvalid naming the site."""
+    _verify_size(blob, length=length, site=site)
     return np.frombuffer(blob, "<u4")
 
 
@@ -91,7 +91,7 @@ def protect(study: Study, collected: Collected, *, round: int) -> Protected:
     plan, survivors = plan_of(study), len(collected.contributions)
     trained = group_mask(study.adapter.tensors, active_groups(study, round))
     noised = top_up(
-        collected.units.view(np.int32)[trained], plan, _server_randomness(study, round), survivors=survivors
+        collected.units.view(np.int32)[trained], plan, server_randomness(study, round), survivors=survivors
     )
     _verify_range(noised, sum_range(plan, dimension=noised.size, survivors=survivors))
     gradient = np.zeros(trained.size, np.float64)
@@ -169,14 +169,15 @@ def _share_sigma(study: Study) -> float:
     return plan_of(study).site_share_sigma_units
 
 
-def _server_randomness(study: Study, round: int) -> Csprng:
+def server_randomness(study: Study, round: int) -> Csprng:
+    """Return the generator of the server's noise: the system's, or seeded in a `[testing]` study."""
     if study.testing is None:
         return Csprng.from_os()
     text = f"fedrad test server noise|{study.testing.seed}|{round}"
     return Csprng(bytes.fromhex(sha256_hex(text.encode())), seeded_for_test=True)
 
 
-def _verify_size(blob: memoryview, *, study: Study, site: str) -> None:
-    expected = 4 * vector_size(study.adapter.tensors)
+def _verify_size(blob: memoryview, *, length: int, site: str) -> None:
+    expected = 4 * length
     if len(blob) != expected:
         raise AdapterInvalid(f"contribution of {site}: expected {expected} bytes, got {len(blob)}")

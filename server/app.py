@@ -40,6 +40,7 @@ from server.bundles import LEDGER_NAME
 from server.checkpoint import Pending, StudyDirectory, StudyState
 from server.cohort import Cohort
 from server.collect import Attempt, MaskingBook, Retained, collect_direct, collect_masked, witness_first
+from server.evaluation import evaluate_sum
 from server.log import Log
 from server.optimizer import take_step
 from server.round import (
@@ -105,6 +106,7 @@ def run_study(
             _meet(run)
         while state.round + 1 < run.study.rounds:
             state = _run_round(run, state)
+        _evaluate(run, state)
         _finish(run, state)
         return state
 
@@ -300,6 +302,39 @@ def _greet(run: Run, sites: Iterable[str], *, until_unix_s: float, train: bool =
         run.opened.log("site-not-ready", site=site, reason=reason)
         log.warning("site %s is not ready: %s", site, reason)
     return outcome.missing
+
+
+def _evaluate(run: Run, state: StudyState) -> None:
+    """Have the final adapter evaluated across sites, once, where the manifest asks for it.
+
+    Failing does not fail the study: it is named in log and ledger, and the study ends without figures.
+    """
+    study, round = run.study, run.study.rounds
+    if study.federated_evaluation is None or run.log.evaluated:
+        return
+    try:
+        if not run.histories:
+            _meet(run)
+        pending = run.opened.pending()
+        if pending is None or pending.round != round:
+            pending = _new_attempt(run, round=round, attempt=1)
+        while True:
+            attempt = Attempt(run.opened, run.key, run.cohort, state, pending, run.log, run.clock)
+            try:
+                collected = collect_masked(attempt, MaskingBook(run.opened.directory, study), {})
+                break
+            except FedRadError as error:
+                run.opened.log("evaluation-failed", attempt=pending.attempt, reason=f"{error.code}: {error}")
+            pending = _new_attempt(run, round=round, attempt=pending.attempt + 1)
+    except RoundFailed as error:
+        log.warning("the final adapter was not evaluated across sites: %s", error)
+        run.log.add(Incident(code="evaluation-failed", site="", number=state.round, detail=""))
+        run.opened.clear_pending()
+        return
+    entry = evaluate_sum(study, collected, adapter=vector_sha256(state.adapter))
+    run.log.add(entry)
+    run.opened.clear_pending()
+    run.opened.log("evaluation", metrics=entry.metrics, studies=entry.studies)
 
 
 def _finish(run: Run, state: StudyState) -> None:

@@ -128,7 +128,7 @@ def collect_direct(attempt: Attempt) -> Collected:
     def accept(site: str, reply: Message) -> None:
         contribution = attempt.take(site, reply, form="u32" if consortium else "f32")
         if consortium:
-            np.add(units, parse_units(contribution.vector, study=study, site=site), out=units)
+            np.add(units, parse_units(contribution.vector, length=units.size, site=site), out=units)
             retained.keep(site, contribution)
         else:
             floats[site] = parse_floats(contribution.vector, study=study, site=site)
@@ -266,10 +266,9 @@ def collect_masked(attempt: Attempt, book: MaskingBook, missing: dict[str, str])
             _take_shares(attempt, machine, missing)
         machine.close_shares(adapter=vector_sha256(attempt.state.adapter))
         book.write(machine, following)
-    size = vector_size(study.adapter.tensors)
     retained = Retained(attempt.opened.directory, study, pending)
     if machine.stage is ServerStage.UPLOADS:
-        total = np.zeros(size, np.uint32)
+        total = np.zeros(machine.terms.length, np.uint32)
         _take_uploads(attempt, machine, following, total, retained, missing)
         survivors = machine.close_uploads()
         write_atomic(book.total_path, total.astype("<u4", copy=False).data)
@@ -349,7 +348,7 @@ def _take_uploads(
         contribution = attempt.take(site, reply, form="masked")
         machine.announce(parse_upload(bytes(contribution.upload)))
         machine.start_adding(site)
-        machine.add(parse_units(contribution.vector, study=study, site=site), total)
+        machine.add(parse_units(contribution.vector, length=total.size, site=site), total)
         retained.keep(site, contribution)
         if contribution.keys and following.stage is ServerStage.KEYS:
             following.accept_keys(parse_keys(bytes(contribution.keys)))

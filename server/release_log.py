@@ -18,7 +18,7 @@ from common.errors import ReleaseInvalid
 from common.files import write_atomic
 from common.identity import load_key
 from common.ledger.checkpoint import parse_checkpoint
-from common.ledger.entries import DataUse, Release, RoundRecord
+from common.ledger.entries import DataUse, Evaluation, Release, RoundRecord
 from common.ledger.output_checks import ENTRY_NAME, PROOF_NAME
 from common.ledger.release_proof import list_files, origin_of
 from common.model.lora import read_adapter, vector_sha256
@@ -101,6 +101,7 @@ def make_release(
             site_epsilon=max((p.epsilon for body in logged for p in body.participations), default=0.0),
             release_epsilon=log.release_epsilon,
             data=list({body.site: body for body in log.bodies() if isinstance(body, DataUse)}.values()),
+            evaluations=[b for b in log.bodies() if isinstance(b, Evaluation) and b.adapter == adapter],
             metrics=given.get("metrics", {}), by_group=given.get("by_group", {}),
         )  # fmt: skip
         write_release(
@@ -115,6 +116,12 @@ def stated_data(directory: Path, *, clock: Clock = time.time) -> list[DataUse]:
     with _study_log(directory, clock) as (_, log):
         newest = {body.site: body for body in log.bodies() if isinstance(body, DataUse)}
         return [newest[site] for site in sorted(newest)]
+
+
+def logged_evaluations(directory: Path, *, clock: Clock = time.time) -> list[Evaluation]:
+    """Return the federated evaluations in a study's log."""
+    with _study_log(directory, clock) as (_, log):
+        return [body for body in log.bodies() if isinstance(body, Evaluation)]
 
 
 def stated_site_epsilon(directory: Path, *, clock: Clock = time.time) -> float:

@@ -85,6 +85,10 @@ colluders = 0                    # sites that may work with the server
 dropouts = {dropouts}                     # sites that may vanish in a round; the others carry their noise
 spare_rounds = {spare}                 # failed attempts that the sites' budgets allow for
 masking = true                   # secure aggregation
+
+# [federated_evaluation]         # the final model on every site's test split; only noised counts leave
+# site_epsilon = 2               # on top of training's
+# release_epsilon = 1
 """
 
 _LOCAL = """\

@@ -25,6 +25,7 @@ from common.ledger.entries import (
     Decision,
     Enrolment,
     Entry,
+    Evaluation,
     Incident,
     Outcome,
     Participation,
@@ -71,6 +72,7 @@ class StudyLog:
         self._stated: set[bytes] = set()
         self._release_epsilon = 0.0
         self._ended = False
+        self.evaluated = False
         for index, entry in enumerate(book.entries()):
             self._note_entry(index, entry)
 
@@ -189,9 +191,9 @@ class StudyLog:
         """Return the latest checkpoint with the cosignatures gathered so far."""
         return self._book.checkpoint()
 
-    def add(self, body: Incident | StudyEnd) -> None:
-        """Log an incident, or the study's end (once)."""
-        if isinstance(body, StudyEnd) and self._ended:
+    def add(self, body: Incident | Evaluation | StudyEnd) -> None:
+        """Log an incident, or the evaluation or the end of the study (once)."""
+        if (isinstance(body, StudyEnd) and self._ended) or (isinstance(body, Evaluation) and self.evaluated):
             return
         self._append([body])
 
@@ -298,6 +300,8 @@ class StudyLog:
                 self._shown, self._release_epsilon = index, body.release_epsilon
         elif isinstance(body, Release):
             self._releases[body.version] = index
+        elif isinstance(body, Evaluation):
+            self.evaluated = True
         elif isinstance(body, StudyEnd):
             self._ended = True
         self._newest = index

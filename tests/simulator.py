@@ -259,13 +259,14 @@ def build(
     local_steps: int = 1,
     seed: int | None = 5,
     acceptance: str = "",
+    evaluation: str = "",
 ) -> Consortium:
     """Copy a small signed consortium into `directory`; equal settings give the same study and keys."""
     template = _template(
         study_text(
             mode=mode, masking=masking, rounds=rounds, sites=sites, min_sites=min_sites, seed=seed,
             max_attempts=max_attempts, on_failed_round=on_failed_round, spare_rounds=spare_rounds,
-            strategy=strategy, local_steps=local_steps, acceptance=acceptance,
+            strategy=strategy, local_steps=local_steps, acceptance=acceptance, evaluation=evaluation,
         )
     )  # fmt: skip
     out = directory / "consortium"
@@ -359,6 +360,7 @@ def study_text(
     local_steps: int = 1,
     seed: int | None = 5,
     acceptance: str = "",
+    evaluation: str = "",
 ) -> str:
     """Write the manifest of a small study."""
     privacy = _PRIVACY[mode].format(spare_rounds=spare_rounds, masking=str(masking).lower())
@@ -368,12 +370,13 @@ def study_text(
         sites="".join(f'[[cohort.site]]\nid = "{site}"\n' for site in sites),
     )  # fmt: skip
     text += f"[acceptance]\n{acceptance}\n" if acceptance else ""
+    text += f"[federated_evaluation]\n{evaluation}\n" if evaluation else ""
     return text if seed is None else f"{text}[testing]\nseed = {seed}\n"
 
 
 @functools.cache
 def data_folder() -> Path:
-    """Prepared data of all sites, written once per process: eight training patients each."""
+    """Prepared data of all sites, written once per process: eight training patients each, two for tests."""
     folder = _folder()
     for number, site in enumerate(SITES):
         write_dataset(folder / site, _records(site, number), card={"source": "synthetic"})
@@ -389,7 +392,7 @@ def _records(site: str, number: int) -> Iterable[Any]:
     from client.data.store import Pair
     from deploy.local.synthetic import draw_patient, hospital_of
 
-    for patient in range(8):
+    for patient in range(10):
         rng = np.random.default_rng([11, number, patient])
         for visit, (picture, report) in enumerate(draw_patient(hospital_of(site, number), rng)):
             stream = io.BytesIO()
@@ -397,7 +400,8 @@ def _records(site: str, number: int) -> Iterable[Any]:
             name = f"{site}-p{patient}-s{visit}"
             pair = Pair(
                 patient=f"{site}-p{patient}", study=name, images=(f"images/{name}.png",), view="PA",
-                indication=report.indication, findings=report.findings, impression="", split="train",
+                indication=report.indication, findings=report.findings, impression="",
+                split="train" if patient < 8 else "test",
             )  # fmt: skip
             yield pair, [stream.getvalue()]
 

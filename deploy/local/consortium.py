@@ -86,7 +86,7 @@ def set_up(manifest: Path, *, data: Path, out: Path, base: Path | None) -> Local
         homes = {
             site: create_home(
                 home.directory, site=site, operator_key=home.operator_key, data=home.data, bases=home.bases,
-                epsilon=study.privacy.site_epsilon * 1.001, delta=study.privacy.delta,
+                epsilon=_allowed_epsilon(study), delta=study.privacy.delta,
             )
             for site, home in homes.items()
         }  # fmt: skip
@@ -94,3 +94,9 @@ def set_up(manifest: Path, *, data: Path, out: Path, base: Path | None) -> Local
         receive_study(home, encoded, operator.sign(Purpose.STUDY, encoded))
         approve_study(home, study.sha256)
     return LocalConsortium(out, study, directory, homes)
+
+
+def _allowed_epsilon(study: Study) -> float:
+    """Allow training and evaluation, with room for the accountant's rounding; ε add up at most."""
+    evaluation = study.federated_evaluation
+    return (study.privacy.site_epsilon + (evaluation.site_epsilon if evaluation else 0.0)) * 1.001

@@ -34,7 +34,7 @@ from deploy.local.measure import HeldOut, Scored, by_site, load_held_out, score
 from deploy.local.report import write_report
 from server.bundles import export_run
 from server.checkpoint import read_records
-from server.release_log import ledger_head, log_release, prove_release, stated_data
+from server.release_log import ledger_head, log_release, logged_evaluations, prove_release, stated_data
 
 
 class Display(Protocol):
@@ -296,6 +296,7 @@ def _release(consortium: LocalConsortium, vector: Vector, result: dict[str, Any]
         site_epsilon=max((e for e in privacy["site_epsilon"].values() if e is not None), default=0.0),
         release_epsilon=privacy["release_epsilon"] or 0.0,
         data=stated_data(consortium.server),
+        evaluations=logged_evaluations(consortium.server),
         metrics={name: one for name, one in metrics.items() if "finding_f1" in one},
         by_group=metrics["federated_by_site"],
     )
