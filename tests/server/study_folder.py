@@ -28,7 +28,7 @@ def write_folder(directory: Path, *, mode: str = "consortium", rounds: int = 14,
         privacy = replace(draft.privacy, delta=3e-5, site_noise=noise[0], release_noise=noise[1])
         draft = replace(draft, privacy=privacy)
     operator = load_or_create_key(directory / "keys" / "message.key")
-    keys = {site: SiteKeys(f"{number:064x}", f"{number + 16:064x}") for number, site in enumerate(SITES, start=1)}
+    keys = {site: SiteKeys(f"{n:064x}", f"{n + 16:064x}") for n, site in enumerate(SITES, start=1)}
     base = tiny_base_directory()
     study = resolve_study(draft, base=base, operator_key=operator.public, site_keys=keys)
     write_study(directory, study, operator, base=base)

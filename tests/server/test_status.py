@@ -100,6 +100,14 @@ def test_a_reason_is_one_of_our_words_and_never_a_sites_text(text: str, name: st
     assert reason_name(text) == name
 
 
+def test_every_reason_with_advice_is_one_that_can_occur() -> None:
+    from common import errors
+    from server import status
+
+    ours = {*status._PLAIN_REASONS.values(), "NodeFailed"}
+    assert all(name in ours or hasattr(errors, name) for name in status._ADVICE)
+
+
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     eventful(tmp_path)
     before = read_view(tmp_path)
