@@ -131,8 +131,8 @@ class FaultyConsortium:
         path = Path("srv", "state") if at_server else Path(site, "run")
         return (self.lab.directory / path / "supervisor.token").read_text()
 
-    def kill(self, role: str, site: str, *, wait_s: float = 20.0) -> bool:
-        """Send SIGKILL to a role's process, waiting for one to be there; tell whether there was one."""
+    def kill(self, role: str, site: str, *, wait_s: float = 20.0) -> int:
+        """Send SIGKILL to a role's process, waiting for one to be there; return its pid, 0 without one."""
         end = time.monotonic() + wait_s
         while True:
             for pid in self.pids(role, site):
@@ -140,9 +140,9 @@ class FaultyConsortium:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     continue
-                return True
+                return pid
             if time.monotonic() > end:
-                return False
+                return 0
             time.sleep(POLL_S)
 
     # --- what must hold -----------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from deploy.local.guardian import marked_processes
 from tests.deploy.faults.consortium import faulty
+from tests.deploy.lab import running
 
-pytestmark = [
-    pytest.mark.slow,
+pytestmark = pytest.mark.slow
+needs_a_disk = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a tmpfs"),
     pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx"),
 ]
@@ -54,7 +58,7 @@ def full(path: Path) -> Iterator[None]:
         filler.unlink()
 
 
-@pytest.mark.parametrize("whose", ["alpha", "srv"])
+@pytest.mark.parametrize("whose", [pytest.param(name, marks=needs_a_disk) for name in ("alpha", "srv")])
 def test_a_full_disk_is_waited_out_and_changes_nothing(tmp_path: Path, whose: str) -> None:
     with small_disk(tmp_path / whose, megabytes=200), faulty(tmp_path) as consortium:
         study = consortium.submit("undisturbed")
@@ -72,8 +76,32 @@ def test_a_full_disk_is_waited_out_and_changes_nothing(tmp_path: Path, whose: st
         assert consortium.verify_outcome(study, adapter=adapter) == ""
 
 
-def test_the_disk_of_these_tests_is_really_full(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", megabytes=1):
-        with full(tmp_path / "disk"), pytest.raises(OSError, match="No space left"):
-            (tmp_path / "disk" / "one-more").write_bytes(b"x")
-        (tmp_path / "disk" / "one-more").write_bytes(b"x")
+@pytest.mark.parametrize("whose", ["north", "srv"])
+def test_up_goes_on_where_nothing_can_be_written_and_writes_again(tmp_path: Path, whose: str) -> None:
+    with running(tmp_path, enrolled=("north",), patients=2) as lab:
+        if whose == "north":
+            lab.start_site("north")
+            status = tmp_path / "north" / "run" / "up.json"
+        else:
+            lab.start_server("--proxy", "none")
+            status = tmp_path / "srv" / "status.json"
+        lab.wait(status.exists, "the first status")
+        up = lab.processes[whose]
+        unlimited = resource.RLIM_INFINITY
+        resource.prlimit(up.pid, resource.RLIMIT_FSIZE, (0, unlimited))  # every write fails from here on
+        [token] = [path.read_text() for path in (tmp_path / whose).glob("*/supervisor.token")]
+        os.kill(marked_processes(token)[0], signal.SIGKILL)
+        before = status.read_bytes()
+        time.sleep(8)
+        assert up.poll() is None, "`up` ended because it could not write its status"
+        assert status.read_bytes() == before
+        resource.prlimit(up.pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
+        lab.wait(lambda: status.read_bytes() != before, "a new status")
+
+
+@pytest.mark.parametrize("whose", [pytest.param("disk", marks=needs_a_disk)])
+def test_the_disk_of_these_tests_is_really_full(tmp_path: Path, whose: str) -> None:
+    with small_disk(tmp_path / whose, megabytes=1):
+        with full(tmp_path / whose), pytest.raises(OSError, match="No space left"):
+            (tmp_path / whose / "one-more").write_bytes(b"x")
+        (tmp_path / whose / "one-more").write_bytes(b"x")
