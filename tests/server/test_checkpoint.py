@@ -40,10 +40,13 @@ def advance(world: Consortium, state: StudyState) -> tuple[StudyState, SignedRec
     """The state and record after one more round, with made-up values."""
     study, round = world.study, state.round + 1
     adapter = state.adapter + np.float32(1)
-    pending = plan_attempt(study, round=round, attempt=1, cohort=("alpha",), histories={}, sizes={}, now_unix_s=1.0)
+    pending = plan_attempt(
+        study, round=round, attempt=1, cohort=("alpha",), histories={}, sizes={}, now_unix_s=1.0
+    )
     record = make_record(
         study, state, pending, adapter_out=vector_sha256(adapter), contributions={"alpha": "ab" * 32},
-        missing={"beta": "refused: because of x"}, site_share_sigma_units=0.0, server_sigma_units=0.0, rolled_back_to="",
+        missing={"beta": "refused: because of x"}, site_share_sigma_units=0.0, server_sigma_units=0.0,
+        rolled_back_to="",
         now_unix_s=1.0,
     )  # fmt: skip
     assert record.missing == {"beta": "refused"}
