@@ -54,7 +54,7 @@ from server.consortium import ServerHome
 from server.log import Log
 
 _MAX_TIME_S = 1 << 40
-_MAX_SERIALS = 400
+_MAX_LIVING = 60
 
 
 class SiteState(StrEnum):
@@ -280,7 +280,16 @@ def refresh_crl(home: ServerHome, authority: Authority, *, now: datetime) -> Non
 def _bundle(
     home: ServerHome, authority: Authority, site: RegisteredSite, csr: str, now: datetime
 ) -> SignedBundle:
-    """Issue a certificate, enter it in the registry, and sign what the site receives."""
+    """Issue a certificate, enter it in the registry, and sign what the site receives.
+
+    Raises CertificateInvalid where too many count already: each must fit on the revocation list.
+    """
+    kept = tuple(c for c in site.certificates if c.not_after_s >= _seconds(now - timedelta(days=1)))
+    if len(kept) >= _MAX_LIVING:
+        raise CertificateInvalid(
+            f"site {site.site}: expected fewer than {_MAX_LIVING} certificates that have not ended, "
+            f"got {len(kept)}; does something renew in a loop?"
+        )
     certificate = authority.issue_site(
         site.site, load_csr(csr, site=site.site), now=now, lifetime=home.policy.lifetime
     )
@@ -289,11 +298,10 @@ def _bundle(
         not_after_s=_seconds(certificate.not_valid_after_utc),
         revoked_s=0,
     )
-    kept = tuple(c for c in site.certificates if c.not_after_s >= _seconds(now - timedelta(days=1)))
     last = max(site.certificates, key=lambda c: c.not_after_s, default=None)
     if last is not None and last not in kept:
         kept = (last, *kept)
-    _write(home, replace(site, certificates=(*kept, issued)[-_MAX_SERIALS:]))
+    _write(home, replace(site, certificates=(*kept, issued)))
     bundle = Bundle(
         consortium=home.consortium,
         site=site.site,

@@ -202,6 +202,26 @@ def test_a_site_that_slept_for_weeks_renews_and_for_months_does_not(
     renew(home, authority, "north", csr, now=NOW + timedelta(days=30))
 
 
+def test_renewal_in_a_loop_ends_before_the_revocation_list_overflows(
+    home: ServerHome, authority: Authority
+) -> None:
+    keys = enter(home, "north")
+    csr = make_csr("north", keys.tls)
+    with pytest.raises(CertificateInvalid, match="in a loop"):
+        for _ in range(80):
+            renew(home, authority, "north", csr, now=NOW)
+    assert len(read_sites(home)["north"].certificates) == 60
+    revoke(home, authority, "north", reason=RevocationReason.LEFT, now=NOW)
+    assert len(x509.load_pem_x509_crl(home.crl.read_bytes())) == 60
+
+
+def test_certificates_that_ended_leave_the_registry(home: ServerHome, authority: Authority) -> None:
+    keys = enter(home, "north")
+    for weeks in range(1, 5):
+        renew(home, authority, "north", make_csr("north", keys.tls), now=NOW + timedelta(days=9 * weeks))
+    assert len(read_sites(home)["north"].certificates) == 2
+
+
 def test_a_revoked_site_gets_nothing_and_is_on_the_list(home: ServerHome, authority: Authority) -> None:
     keys = enter(home, "north")
     serial = int(read_sites(home)["north"].certificates[0].serial, 16)
