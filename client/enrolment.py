@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from client.home import SiteHome
+from common.ec_keys import key_sha256, make_csr
 from common.enrolment import (
     Ask,
     EnrolmentRequest,
@@ -40,8 +41,6 @@ from common.enrolment import (
     SiteRequest,
     enrolment_body,
     format_request,
-    key_sha256,
-    make_csr,
     make_request,
     parse_request,
     sign_site_request,

@@ -20,15 +20,13 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from common.ec_keys import key_sha256, load_csr, load_node_key
 from common.enrolment import (
     Bundle,
     EnrolmentRequest,
     SignedBundle,
     enrolment_body,
     fingerprint_of,
-    key_sha256,
-    load_csr,
-    load_node_key,
     sign_bundle,
     verify_fingerprint,
     verify_request,

@@ -9,6 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.canonical import canonical_json
+from common.ec_keys import load_csr, load_node_key, make_csr, public_pem
 from common.enrolment import (
     Ask,
     Bundle,
@@ -20,14 +21,10 @@ from common.enrolment import (
     format_bundle,
     format_request,
     format_site_request,
-    load_csr,
-    load_node_key,
-    make_csr,
     make_request,
     parse_bundle,
     parse_request,
     parse_site_request,
-    public_pem,
     sign_bundle,
     sign_site_request,
     verify_bundle,

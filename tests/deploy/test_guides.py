@@ -1,6 +1,6 @@
 """A newcomer's path: the operator's and the site's guide, followed word for word to a finished study.
 
-Every `sh` block under a `<!-- step N role -->` comment is run in the order of N, as its role, in its own home,
+Every `sh` block under a `<!-- step N role -->` comment is run in the order of N as its role, in its own home,
 with nothing changed but the site's id on the second site. What people say on the telephone is taken from the
 other side's terminal and typed in.
 """

@@ -10,7 +10,12 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from common.enrolment import PresentKeys, enrolment_body, fingerprint_of, make_csr
+from common.ec_keys import make_csr
+from common.enrolment import (
+    PresentKeys,
+    enrolment_body,
+    fingerprint_of,
+)
 from common.errors import (
     CertificateInvalid,
     ConsortiumInvalid,

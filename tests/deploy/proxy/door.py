@@ -17,7 +17,11 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from common.enrolment import SiteKeySet, fingerprint_of, make_csr
+from common.ec_keys import make_csr
+from common.enrolment import (
+    SiteKeySet,
+    fingerprint_of,
+)
 from common.ledger.entries import RevocationReason
 from deploy.local.certificates import write_loopback_tls
 from deploy.local.flower import free_port

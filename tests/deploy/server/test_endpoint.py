@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from common.config import format_study, parse_study
+from common.ec_keys import make_csr
 from common.enrolment import (
     Ask,
     SiteRequest,
     fingerprint_of,
     format_site_request,
-    make_csr,
     parse_bundle,
     sign_site_request,
     verify_bundle,

@@ -13,7 +13,9 @@ import pytest
 
 from client.enrolment import install_bundle, read_enrolled, request_enrolment
 from client.home import SiteHome, approve_study, create_home, list_studies, refuse_study
-from common.enrolment import fingerprint_of
+from common.enrolment import (
+    fingerprint_of,
+)
 from common.errors import SiteRevoked
 from common.ledger.entries import RevocationReason
 from common.model.tiny import tiny_base_directory
@@ -103,7 +105,7 @@ def test_a_certificate_is_renewed_at_two_thirds_and_after_its_end(scene: Scene) 
     from cryptography.hazmat.primitives.serialization import Encoding
 
     from client.enrolment import load_ec_key, tls_key_path
-    from common.enrolment import load_csr, make_csr
+    from common.ec_keys import load_csr, make_csr
 
     public = load_csr(make_csr("east", load_ec_key(tls_key_path(scene.home))), site="east")
     for age in (timedelta(days=5), timedelta(days=9)):
