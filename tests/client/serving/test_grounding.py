@@ -150,7 +150,8 @@ def test_the_shipped_base_looks_at_the_side_it_speaks_of(loaded: tuple[object, o
 @pytest.mark.timeout(1800)
 def test_a_demo_release_grounds_its_sentences(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deploy.local.cli", "demo", "--out", str(tmp_path / "demo")]
-    subprocess.run(command, check=True, capture_output=True, timeout=1700)
+    made = subprocess.run(command, capture_output=True, text=True, timeout=1700)
+    assert made.returncode == 0, made.stderr[-2000:]
     model, tokenizer = load_release(tmp_path / "demo" / "run" / "release")
     figures = summarise(cases(model, tokenizer, patients=100, seed=5))
     assert figures["cases"] >= 100
