@@ -176,7 +176,7 @@ def test_a_site_that_is_not_enrolled_still_hears_of_its_machine() -> None:
 def test_the_command_prints_one_document_and_its_exit_code_says_whether_to_repair(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "client.cli", "doctor", "--json", "--home", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
     value = json.loads(done.stdout)
     assert done.returncode == 1

@@ -45,7 +45,7 @@ def serve(handle: Callable[[socket.socket], None]) -> tuple[int, Callable[[], No
                 connection, _ = listener.accept()
             except TimeoutError:
                 continue
-            connection.settimeout(5)
+            connection.settimeout(60)
             threading.Thread(target=guarded, args=(connection,), daemon=True).start()
 
     def guarded(connection: socket.socket) -> None:
@@ -99,12 +99,12 @@ def proxy() -> Iterator[tuple[int, list[str]]]:
             connection.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
             return
         host, _, port = head.split()[1].decode().rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=5) as onward:
+        with socket.create_connection((host, int(port)), timeout=60) as onward:
             connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
             back = threading.Thread(target=pump, args=(onward, connection), daemon=True)
             back.start()
             pump(connection, onward)
-            back.join(5)
+            back.join(60)
 
     def pump(source: socket.socket, target: socket.socket) -> None:
         try:

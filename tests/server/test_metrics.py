@@ -86,7 +86,7 @@ def test_the_page_serves_metrics_and_health_and_nothing_else(tmp_path: Path) -> 
     try:
         answers = {}
         for method, path in (("GET", "/metrics"), ("HEAD", "/healthz"), ("GET", "/x"), ("POST", "/metrics")):
-            connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=5)
+            connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=60)
             connection.request(method, path)
             response = connection.getresponse()
             answers[method, path] = (response.status, response.read())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -157,18 +158,17 @@ def served(tmp_path: Path) -> Iterator[str]:
         yield address
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=10)
+        process.wait(timeout=60)
         process.stderr.close()
 
 
 def test_the_command_serves_the_page_and_ends_when_told(served: str) -> None:
     host = served.removeprefix("http://").rstrip("/")
-    connection = http.client.HTTPConnection(host, timeout=10)
-    connection.request("GET", "/status.json")
-    response = connection.getresponse()
-    assert response.headers.get("server") is None
-    assert json.loads(response.read())["studies"][0]["id"] == "chest"
-    connection.close()
+    with contextlib.closing(http.client.HTTPConnection(host, timeout=120)) as connection:
+        connection.request("GET", "/status.json")
+        response = connection.getresponse()
+        assert response.headers.get("server") is None
+        assert json.loads(response.read())["studies"][0]["id"] == "chest"
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ def test_a_browser_shows_it_without_errors_and_without_sideways_scrolling(
         asked: list[str] = []
         page.on("console", lambda message: said.append(message.text))
         page.on("request", lambda request: asked.append(request.url))
-        page.goto(served)
+        page.goto(served, timeout=120_000)
         assert said == []
         assert {served, f"{served}style.css"} <= set(asked)
         assert all(url.startswith(served) for url in asked)
