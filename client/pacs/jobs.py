@@ -13,6 +13,7 @@ repeated delivery is the same object at the other side; a delivery marked sent i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -103,11 +104,12 @@ class JobQueue:
         return self.directory / "open" / id
 
     def open_jobs(self) -> Iterator[Job]:
-        """Yield every open job whose image is here, oldest first."""
+        """Yield every open job whose image is here, oldest first; what cannot be read is left alone."""
         jobs = []
         for path in (self.directory / "open").iterdir():
-            if (path / "image.dcm").is_file() and (path / "job.json").is_file():
-                jobs.append(_parse((path / "job.json").read_bytes()))
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                if (path / "image.dcm").is_file():
+                    jobs.append(_parse((path / "job.json").read_bytes()))
         return iter(sorted(jobs, key=lambda job: (job.received_s, job.id)))
 
     def listing(self) -> list[Job]:

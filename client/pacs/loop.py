@@ -23,7 +23,7 @@ from client.pacs.diagnostic_report import diagnostic_report
 from client.pacs.jobs import NEVER_S, Delivery, Job, JobQueue, Stage, mark_failed, mark_sent
 from client.pacs.sending import post_report, store_report
 from client.pacs.structured_report import ReportText, derived_uid, read_evidence, structured_report
-from common.errors import DeliveryFailed, DeliveryRefused, FedRadError, ImageUnreadable
+from common.errors import DeliveryFailed, DeliveryRefused, FedRadError, ImageUnreadable, JobUnknown
 from common.files import write_atomic
 
 if TYPE_CHECKING:
@@ -102,7 +102,10 @@ class PacsLoop:
     def _dispatch(self, now_s: float) -> float:
         """Take in what was received and hand out what is due; returns seconds until something is due."""
         for path in sorted(self.config.listen.inbox.glob("*/*.dcm")):
-            self.queue.take(path, now_s=now_s)
+            try:
+                self.queue.take(path, now_s=now_s)
+            except JobUnknown:
+                LOG.warning("inbox: a file that the receiver did not write stays where it is")
         wait_s = POLL_S
         for job in self.queue.open_jobs():
             with self._lock:

@@ -210,3 +210,20 @@ def test_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
     loop.start()
     until(lambda: stages(tmp_path).get("refused") == 1)
     loop.stop()
+
+
+def test_foreign_file_and_damaged_job_do_not_hold_up_the_others(tmp_path: Path) -> None:
+    settings = config(tmp_path, fhir=tmp_path / "fhir")
+    loop = PacsLoop(settings, drafter)
+    (settings.listen.inbox / "ab").mkdir(parents=True)
+    (settings.listen.inbox / "ab" / "notes.dcm").write_bytes(b"foreign")
+    damaged = loop.queue.folder("cd" * 20)
+    damaged.mkdir()
+    (damaged / "image.dcm").write_bytes(b"image")
+    (damaged / "job.json").write_bytes(b"{")
+    loop.start()
+    assert loop.receiver is not None
+    send(loop.receiver.port, chest(1))
+    until(lambda: stages(tmp_path).get("done") == 1)
+    loop.stop()
+    assert (settings.listen.inbox / "ab" / "notes.dcm").exists() and damaged.exists()
