@@ -15,7 +15,7 @@ from client.serving.engine import Finish, Token
 from client.serving.guard import Decision
 from client.serving.picture import read_picture
 from client.serving.service import Active, Draft, DraftRequest
-from common.errors import CanaryFailed, DraftUnknown, ReleaseInvalid
+from common.errors import AdapterInvalid, CanaryFailed, DraftUnknown
 from tests.client.serving.hosting import Hosted, hosted, png
 from tests.client.serving.models import KEY, talkative_base, talkative_release, talkative_source
 
@@ -116,10 +116,11 @@ def test_a_switch_loses_no_draft_and_a_bad_release_is_not_taken(tmp_path: Path) 
         actions = [record.action for record in AccessLog(tmp_path / "access").records()]
         assert Action.SWITCH_MODEL in actions
 
-        broken = talkative_release(3, scale=float("nan"))
-        source = type(better)(broken, talkative_base(), operator_key=KEY.public)
-        with pytest.raises((CanaryFailed, ReleaseInvalid)):
-            host.run(host.service.switch(source, user="alice"), 600)
+        for scale, refusal in ((float("nan"), AdapterInvalid), (1e30, CanaryFailed)):
+            broken = talkative_release(3, scale=scale)
+            source = type(better)(broken, talkative_base(), operator_key=KEY.public)
+            with pytest.raises(refusal):
+                host.run(host.service.switch(source, user="alice"), 600)
         assert host.service.model == after.model
         assert host.run(host.service.draft_whole(request(1, indication="Cough."))).text == after.text
 

@@ -68,6 +68,7 @@ def test_answers_stream_and_equal_those_in_process(expected: dict[int, Result]) 
     run(body)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_other_answer(expected: dict[int, Result]) -> None:
     async def body(engine: WorkerEngine) -> None:
         async def one(seed: int) -> tuple[list[Token], Result]:
@@ -88,6 +89,7 @@ def test_a_killed_worker_costs_no_other_answer(expected: dict[int, Result]) -> N
     run(body)
 
 
+@pytest.mark.slow
 def test_a_question_that_kills_its_worker_twice_costs_only_itself(expected: dict[int, Result]) -> None:
     async def body(engine: WorkerEngine) -> None:
         async def one(seed: int) -> Result | EngineWorkerDied:
@@ -112,6 +114,7 @@ def test_a_question_that_kills_its_worker_twice_costs_only_itself(expected: dict
     run(body)
 
 
+@pytest.mark.slow
 def test_a_reader_who_leaves_frees_the_engine(expected: dict[int, Result]) -> None:
     async def body(engine: WorkerEngine) -> None:
         stream = engine.submit(ask(0))
@@ -123,6 +126,7 @@ def test_a_reader_who_leaves_frees_the_engine(expected: dict[int, Result]) -> No
     run(body)
 
 
+@pytest.mark.slow
 def test_a_silent_worker_is_replaced(expected: dict[int, Result]) -> None:
     async def body(engine: WorkerEngine) -> None:
         assert engine.pid
@@ -133,6 +137,7 @@ def test_a_silent_worker_is_replaced(expected: dict[int, Result]) -> None:
     run(body, stall_s=2.0)
 
 
+@pytest.mark.slow
 def test_too_many_waiting_questions_are_refused() -> None:
     async def body(engine: WorkerEngine) -> None:
         waiting = [asyncio.create_task(answered(engine, ask(seed))) for seed in range(PLAN.max_batch + 2)]
@@ -144,6 +149,7 @@ def test_too_many_waiting_questions_are_refused() -> None:
     run(body, max_waiting=2)
 
 
+@pytest.mark.slow
 def test_a_stopped_engine_names_what_it_could_not_finish() -> None:
     async def whole() -> None:
         engine = WorkerEngine(talkative_source(), PLAN)
@@ -172,6 +178,7 @@ def test_a_base_that_is_not_the_pinned_one_is_refused_by_name() -> None:
     asyncio.run(whole())
 
 
+@pytest.mark.slow
 def test_a_merged_copy_answers_the_same_and_the_base_stays(tmp_path: Any) -> None:
     before = {path.name: path.read_bytes() for path in talkative_base().iterdir()}
     source = talkative_source(merged=tmp_path / "merged")
