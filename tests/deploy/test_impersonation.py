@@ -43,6 +43,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from client.enrolment import authority_path, certificate_path, load_ec_key, node_key_path, tls_key_path
 from common.ledger.audit import verify_bundle
 from common.ledger.findings import Status
+from deploy.local.control import Control
 from deploy.local.guardian import marked_processes
 from deploy.server.app import read_nodes
 from server.bundles import export_run
@@ -223,6 +224,67 @@ def test_an_old_signature_of_souths_opens_nothing_later(scene: Scene) -> None:
         with httpx.Client(verify=scene.context("south")) as client:
             url = f"https://localhost:{scene.consortium.port}/v1/fleet/pull-messages"
             assert client.post(url, content=body, headers=headers).status_code == 401
+
+
+EVIL_PROJECT = """
+[project]
+name = "evil"
+version = "0.1.0"
+description = "code for the sites"
+license = "Apache-2.0"
+[tool.flwr.app]
+publisher = "mallory"
+[tool.flwr.app.components]
+serverapp = "evil_server:app"
+clientapp = "evil_client:app"
+[tool.flwr.app.config]
+out = ""
+"""
+EVIL_CLIENT = """
+from pathlib import Path
+Path("{mark}").write_text("here")
+from flwr.clientapp import ClientApp
+app = ClientApp()
+"""
+EVIL_SERVER = """
+import time
+from pathlib import Path
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import ServerApp
+app = ServerApp()
+@app.main()
+def main(grid, context):
+    while not (nodes := list(grid.get_node_ids())):
+        time.sleep(1)
+    ask = RecordDict({"fedrad": ConfigRecord({"stage": "whoami", "envelope": b""})})
+    ids = set(grid.push_messages([Message(ask, dst_node_id=n, message_type="query.relay") for n in nodes]))
+    for _ in range(120):
+        for reply in grid.pull_messages(ids):
+            said = "error" if reply.has_error() else str(reply.content["fedrad"]["site"])
+            with open(context.run_config["out"], "a") as file:
+                file.write(said + chr(10))
+            ids.discard(reply.metadata.reply_to_message_id)
+        if not ids:
+            break
+        time.sleep(1)
+"""
+
+
+def test_a_run_started_on_the_servers_own_loopback_brings_no_code_to_a_site(
+    scene: Scene, tmp_path: Path
+) -> None:
+    """Even with the operator's machine in foreign hands: the site's installed ClientApp answers."""
+    mark, out, fab = tmp_path / "mark", tmp_path / "out", tmp_path / "fab"
+    fab.mkdir()
+    (fab / "pyproject.toml").write_text(EVIL_PROJECT)
+    (fab / "evil_client.py").write_text(EVIL_CLIENT.replace("{mark}", str(mark)))
+    (fab / "evil_server.py").write_text(EVIL_SERVER)
+    authority = scene.consortium.directory / "srv" / "state" / "tls" / "ca.crt"
+    with contextlib.closing(Control(scene.superlink, authority)) as control:
+        run_id = control.start_run(fab, {"out": str(out)})
+        scene.consortium.wait(lambda: control.run_status(run_id).finished, "the run's end", timeout_s=300)
+    assert "south" in out.read_text().splitlines()
+    assert not mark.exists()
 
 
 @dataclass
