@@ -64,6 +64,26 @@ class _Running:
     stopping: bool = field(default=False)
 
 
+class Bearing:
+    """Bears what the machine refuses while it lasts (a full disk, mostly), and says it once in the log."""
+
+    def __init__(self) -> None:
+        self.trouble = ""
+
+    @contextlib.contextmanager
+    def bear(self) -> Iterator[None]:
+        """Let an OSError end this turn, not the program; the next turn tries again."""
+        try:
+            yield
+        except OSError as error:
+            text = error.strerror or type(error).__name__
+            if text != self.trouble:
+                log.warning("this machine refuses something, it is tried again: %s", text)
+            self.trouble = text
+        else:
+            self.trouble = ""
+
+
 class Supervisor:
     """The programs of one machine's part; made by `supervisor`, which also ends them."""
 

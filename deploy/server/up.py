@@ -39,7 +39,7 @@ from deploy.local.flower import Tuning, flower_environment, flower_program, free
 from deploy.proxy.render import Door, KnownNode, caddy_configuration, nginx_configuration, nginx_sites
 from deploy.server.endpoint import SiteEndpoint
 from deploy.server.runs import StudyRuns
-from deploy.supervision import Program, Supervisor, supervisor
+from deploy.supervision import Bearing, Program, Supervisor, supervisor
 from server.authority import Authority
 from server.consortium import ServerHome, renew_server_certificate, utc_now
 from server.enrolment import RegisteredSite, SiteState, read_sites, refresh_crl
@@ -87,8 +87,10 @@ def run_server(
         try:
             server = _Server(home, authority, listening, programs, clock)
             with server.running():
+                bearing = Bearing()
                 while not stop.wait(_TICK_S):
-                    server.tick()
+                    with bearing.bear():
+                        server.tick()
         finally:
             logging.getLogger("fedrad").removeHandler(handler)
             handler.close()
@@ -187,11 +189,11 @@ class _Server:
         )
         if seen == self._seen:
             return
-        self._seen = seen
         self._sites = read_sites(self._home)
         self._reconciled = -1e9
         self._write_door()
         self._reload_door()
+        self._seen = seen
 
     def _reconcile(self) -> None:
         """Make Flower's registered nodes those of the approved sites, and note who is connected."""
@@ -238,10 +240,10 @@ class _Server:
         """Once a day: the server's own certificate when it is due, and a fresh revocation list."""
         if time.monotonic() - self._daily < min(_DAILY_S, self._home.policy.certificate_days * _DAILY_S / 20):
             return
-        self._daily = time.monotonic()
         if renew_server_certificate(self._home, self._authority, now=self._clock()):
             log.info("the server certificate was renewed")
         refresh_crl(self._home, self._authority, now=self._clock())
+        self._daily = time.monotonic()
         self._seen = None
 
     # --- programs -----------------------------------------------------------------------------------------

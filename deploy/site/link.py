@@ -40,6 +40,7 @@ from common.errors import FedRadError, SiteRevoked
 from common.files import write_atomic
 from deploy.local.certificates import LoopbackTls, write_loopback_tls
 from deploy.site.gateway import DoorClosed, Gateway, Route, ServerRefused, ask_server
+from deploy.supervision import Bearing
 
 log = logging.getLogger("fedrad.link")
 
@@ -98,12 +99,14 @@ class SiteLink:
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set."""
+        bearing = Bearing()
         self.gateway.start()
         try:
             while not stop.wait(0.5):
                 if time.monotonic() >= self._due or self._changed():
                     self._ask()
-                self._write_status()
+                with bearing.bear():
+                    self._write_status()
         finally:
             self.gateway.stop()
 
@@ -116,8 +119,8 @@ class SiteLink:
             self._exchange_studies()
             self._status.update(connected=True, error="", last_contact_s=int(time.time()))
             self._pause_s, wait_s = _FIRST_PAUSE_S, _ASK_EVERY_S
-        except FedRadError as error:
-            text = f"{error.code}: {error}"
+        except (FedRadError, OSError) as error:  # an OSError: nothing can be written, a full disk mostly
+            text = f"{error.code}: {error}" if isinstance(error, FedRadError) else f"this machine: {error}"
             if text != self._status["error"]:
                 log.warning("the server does not serve this site: %s", error)
             reached = isinstance(error, ServerRefused | SiteRevoked)
@@ -199,5 +202,5 @@ class SiteLink:
         last = self._written.get("at", 0.0)
         if stable == self._written.get("value") and time.monotonic() - last < 15 * _STATUS_EVERY_S:
             return
-        self._written = {"value": stable, "at": time.monotonic()}
         write_atomic(self._home.directory / "run" / STATUS_NAME, json.dumps(value, indent=1).encode())
+        self._written = {"value": stable, "at": time.monotonic()}

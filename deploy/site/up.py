@@ -29,7 +29,7 @@ from common.files import write_atomic
 from common.logs import start_json_log
 from deploy.local.flower import free_port
 from deploy.site.relay import Relay, account_of, give_relay_files, relay_programs
-from deploy.supervision import Account, Program, Supervisor, supervisor
+from deploy.supervision import Account, Bearing, Program, Supervisor, supervisor
 
 log = logging.getLogger("fedrad.up")
 
@@ -121,10 +121,12 @@ class _Site:
     def run(self, stop: threading.Event) -> None:
         self._programs.start(self._agent())
         self._programs.start(self._link())
+        bearing = Bearing()
         while not stop.wait(_TICK_S):
-            ended = self._programs.tick()
-            self._follow_relay("link" in ended)
-            self._write_status()
+            with bearing.bear():
+                ended = self._programs.tick()
+                self._follow_relay("link" in ended)
+                self._write_status()
 
     def _follow_relay(self, link_ended: bool) -> None:
         """Start the relay when its way out is there; start it anew when its keys have changed."""
