@@ -4,7 +4,8 @@ Guarantees: an answer counts only when the site's pinned key signed it for this 
 says of itself is a hint. A site that does not answer, fails or refuses is named with the reason, never
 dropped in silence. One reply at a time is taken into memory, and one that only trickles in keeps neither the
 others nor the deadline waiting. A reply that Flower lost is asked for again: the agent answers with the same
-bytes, of which only those parts travel again that the SuperLink does not hold. It does not decide what an
+bytes, of which only those parts travel again that the SuperLink does not hold. An agent that is gone though
+it answered before (it is being started again, mostly) is asked again for a minute. It does not decide what an
 exchange means for the round.
 """
 
@@ -32,6 +33,7 @@ _FIRST_POLL_S = 0.002
 _LAST_POLL_S = 0.25
 _POLL_S_PER_MESSAGE = 0.05
 _ASKED_AGAIN = 2
+_AWAY_PAUSES_S = (2.0, 4.0, 8.0, 16.0, 30.0)
 _LOST = {
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
@@ -87,6 +89,7 @@ class Cohort:
         self._pulls = Pulls(grid, patience_s=patience_s)
         self._nodes: dict[str, int] = {}
         self._impostors: set[tuple[str, int]] = set()
+        self._lively: set[str] = set()
         self.traffic = Traffic()
         self._seconds: dict[str, float] = {}
 
@@ -112,13 +115,17 @@ class Cohort:
         answered = []
         for site, reply in self._replies(asked):
             try:
-                if reply.has_error() and self._ask_again(asked, site, reply.error.code):
+                if reply.has_error() and (
+                    self._put_off(asked, site, str(reply.error.reason))
+                    or self._ask_again(asked, site, reply.error.code)
+                ):
                     continue
                 data = _envelope(reply)
                 del reply
                 self.traffic.count(_stage(requests[site]), "up", len(data))
                 accept(site, self._verify(site, digests[site], data))
                 answered.append(site)
+                self._lively.add(site)
             except FedRadError as error:
                 missing[site] = f"{error.code}: {error}"
                 if isinstance(error, NodeFailed):
@@ -192,18 +199,44 @@ class Cohort:
         self._ask(asked, [site])
         return True
 
+    def _put_off(self, asked: _Asked, site: str, reason: str) -> bool:
+        """Ask again later where the relay met no agent; false where that lasts, or there never was one."""
+        if "AgentUnavailable" not in reason or site not in self._lively:
+            return False
+        pauses = _AWAY_PAUSES_S[asked.put_off[site] :]
+        if not pauses or self._clock() + pauses[0] >= asked.until_unix_s:
+            self._lively.discard(site)
+            return False
+        asked.put_off[site] += 1
+        asked.later[site] = self._clock() + pauses[0]
+        return True
+
+    def _ask_the_put_off(self, asked: _Asked) -> None:
+        due = sorted(site for site, when in asked.later.items() if self._clock() >= when)
+        if due:
+            self._find_nodes()
+        for site in due:
+            if site in self._nodes:
+                del asked.later[site]
+                self._ask(asked, [site])
+
     def _replies(self, asked: _Asked) -> Iterator[tuple[str, Message]]:
         """Yield the sites' replies as they come."""
-        for message_id, reply in self._arriving(
-            lambda: {**asked.waiting, **asked.questions},
-            until_unix_s=asked.until_unix_s,
-            after_each_look=lambda: self._look_after(asked),
-        ):
-            if message_id in asked.waiting:
-                yield asked.waiting.pop(message_id), reply
-            elif message_id in asked.questions and not reply.has_error():
-                asked.heard.add(asked.questions[message_id])
-            asked.questions.pop(message_id, None)
+        while True:
+            for message_id, reply in self._arriving(
+                lambda: {**asked.waiting, **asked.questions},
+                until_unix_s=asked.until_unix_s,
+                after_each_look=lambda: self._look_after(asked),
+            ):
+                if message_id in asked.waiting:
+                    yield asked.waiting.pop(message_id), reply
+                elif message_id in asked.questions and not reply.has_error():
+                    asked.heard.add(asked.questions[message_id])
+                asked.questions.pop(message_id, None)
+            if not asked.later or self._clock() >= asked.until_unix_s:
+                return
+            self._sleep(_LAST_POLL_S)
+            self._ask_the_put_off(asked)
 
     def _look_after(self, asked: _Asked) -> None:
         """Question the nodes of late replies, and ask those again who answer that and nothing else.
@@ -211,7 +244,8 @@ class Cohort:
         A SuperNode takes one message after another: once it has answered a question that came after the
         request, the reply to the request has been sent, or never will be.
         """
-        for site in sorted(asked.lost & set(asked.unanswered)):
+        self._ask_the_put_off(asked)
+        for site in sorted(asked.lost & set(asked.waiting.values())):
             self._ask_again(asked, site)
         asked.lost, asked.heard = asked.heard, set()
         slow, late = self._pulls.slow, self._clock() >= asked.late_unix_s
@@ -250,7 +284,7 @@ class _Asked:
     """An exchange under way: message ids to sites, and who was asked again.
 
     `questioned` holds requests whose node was asked for a sign of life, `heard` sites that gave one since the
-    last look, `lost` those that gave one before it.
+    last look, `lost` those that gave one before it; `later` says when to ask a site whose agent was away.
     """
 
     requests: Mapping[str, bytes]
@@ -262,13 +296,16 @@ class _Asked:
     heard: set[str] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
     again: Counter[str] = field(default_factory=Counter)
+    put_off: Counter[str] = field(default_factory=Counter)
+    later: dict[str, float] = field(default_factory=dict)
 
     @property
     def unanswered(self) -> list[str]:
-        return sorted(set(self.waiting.values()))
+        return sorted({*self.waiting.values(), *self.later})
 
     def settle(self, site: str) -> None:
         """Wait for this site no longer."""
+        self.later.pop(site, None)
         for ids in (self.waiting, self.questions):
             for message_id in [name for name, whose in ids.items() if whose == site]:
                 del ids[message_id]
