@@ -86,8 +86,8 @@ async def build_index(
 ) -> CaseIndex:
     """Index a site's pairs: known vectors from `cache`, new ones by `vector_of` (file bytes → [N, D]).
 
-    `base` names the vision tower (its pinned hash or name); an image that cannot be read is left out.
-    Raises DatasetInvalid for more than MAX_CASES pairs.
+    `base` names the vision tower for good, as a study's hash that pins it does; an image that cannot be
+    read is left out. Raises DatasetInvalid for more than MAX_CASES pairs.
     """
     if len(pairs) > MAX_CASES:
         raise DatasetInvalid(f"expected at most {MAX_CASES} cases to index, got {len(pairs)}")

@@ -68,6 +68,7 @@ class ReadingRoom:
         self._data, self._cache, self._wall_s = data, cache, wall_s
         self._index: asyncio.Task[CaseIndex] | None = None
         self._indexed = (0, 0)
+        self._indexed_base = ""
         self._deciding = asyncio.Lock()
 
     def overview(self) -> list[dict[str, Any]]:
@@ -174,7 +175,8 @@ class ReadingRoom:
 
     def prior_picture(self, number: int) -> Path:
         """Return the picture of a prior case by its number in the index; raises CaseUnknown."""
-        index = self._index.result() if self._index and self._index.done() else None
+        done = self._index is not None and self._index.done() and not self._index.cancelled()
+        index = self._index.result() if self._index is not None and done else None
         if index is None or not 0 <= number < len(index.pairs):
             raise CaseUnknown("expected the number of a prior case, got another")
         return index.directory / index.pairs[number].images[0]
@@ -226,13 +228,22 @@ class ReadingRoom:
             return ()
 
     async def _ready_index(self) -> CaseIndex | None:
-        """Start to index at the first question; give the index once it is there."""
-        if self._index is None:
-            self._index = asyncio.create_task(self._build())
+        """Index at the first question, and again for another base; give the index once it is there."""
+        model = self.service.model
+        base = f"{model.base} {model.study}"  # the study pins the base's files
+        if self._index is None or base != self._indexed_base:
+            if self._index is not None:
+                self._index.cancel()
+            self._index, self._indexed_base = asyncio.create_task(self._build(base)), base
         done, _ = await asyncio.wait([self._index], timeout=0.05)
-        return self._index.result() if done else None
+        if not done:
+            return None
+        failed, index = self._index.exception(), self._index
+        if failed is not None:
+            self._index = None  # the next question tries again
+        return index.result()
 
-    async def _build(self) -> CaseIndex:
+    async def _build(self, base: str) -> CaseIndex:
         async def vector_of(data: bytes) -> NDArray[np.float32]:
             picture = await asyncio.to_thread(read_picture, data)
             return await self.service.image_vector(picture)
@@ -245,7 +256,7 @@ class ReadingRoom:
             self._data or self._cache,
             pairs,
             vector_of=vector_of,
-            base=self.service.model.base,
+            base=base,
             cache=self._cache,
             progress=progress,
         )
