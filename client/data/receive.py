@@ -2,12 +2,15 @@
 
 Guarantees: only listed AE titles over mutual TLS (or plain on loopback, when told); only CR and DX images
 and C-ECHO; a file appears whole, under a name made from the hash of its UID, so a sender chooses no path;
-the same instance twice is stored once. It does not de-identify: the inbox holds identified images and is
+the same instance twice is stored once; success is answered when the file would survive a power cut, and
+storage commitment (asked for and reported on the same association) says so again for files that are there;
+an endless instance ends its association. It does not de-identify: the inbox holds identified images and is
 mode 0700; import it, then delete it. It is the only part of the data side that opens a socket.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import ssl
@@ -20,8 +23,12 @@ from typing import Any
 from common.errors import ReceiverRefused
 from common.files import write_atomic
 
-MAX_INSTANCE_BYTES = 256 << 20
+MAX_INSTANCE_BYTES, MAX_OVERRUN_BYTES = 256 << 20, 1 << 20
+MAX_COMMITMENT = 10_000
 SUCCESS, REFUSED_RESOURCES, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xC000
+NO_SUCH_INSTANCE, INVALID_ARGUMENT = 0x0112, 0x0115
+ALL_COMMITTED, SOME_FAILED = 1, 2
+_COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,7 @@ class Receiver:
     stored: int = 0
     repeated: int = 0
     refused: int = 0
+    _arriving: dict[Any, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def close(self) -> None:
@@ -78,17 +86,21 @@ def start_receiver(plan: ReceiverPlan, *, stored: Callable[[], None] = lambda: N
     from pynetdicom.sop_class import (
         ComputedRadiographyImageStorage,
         DigitalXRayImageStorageForPresentation,
+        StorageCommitmentPushModel,
         Verification,
     )
 
     verify_plan(plan)
     plan.inbox.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for left in plan.inbox.glob("*/.*.partial"):
+        left.unlink()
     entity = AE(ae_title=plan.ae_title)
     entity.require_called_aet = True
     entity.require_calling_aet = list(plan.senders)
     entity.maximum_associations = 4
     entity.network_timeout = entity.dimse_timeout = entity.acse_timeout = 60
     entity.add_supported_context(Verification)
+    entity.add_supported_context(StorageCommitmentPushModel)
     for storage in (ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation):
         entity.add_supported_context(storage, _syntaxes())
     receiver = Receiver(server=None, port=0)
@@ -97,7 +109,12 @@ def start_receiver(plan: ReceiverPlan, *, stored: Callable[[], None] = lambda: N
             (plan.address, plan.port),
             block=False,
             ssl_context=_tls(plan),
-            evt_handlers=[(evt.EVT_C_STORE, lambda event: _store(event, plan, receiver, stored))],
+            evt_handlers=[
+                (evt.EVT_C_STORE, lambda event: _store(event, plan, receiver, stored)),
+                (evt.EVT_N_ACTION, lambda event: _commit(event, plan)),
+                (evt.EVT_PDU_RECV, lambda event: _count(event, receiver)),
+                (evt.EVT_CONN_CLOSE, lambda event: receiver._arriving.pop(event.assoc, None)),
+            ],
         )
     except OSError as error:
         raise ReceiverRefused(f"cannot listen on {plan.address}:{plan.port}: {error.strerror}") from error
@@ -106,9 +123,8 @@ def start_receiver(plan: ReceiverPlan, *, stored: Callable[[], None] = lambda: N
 
 
 def _store(event: Any, plan: ReceiverPlan, receiver: Receiver, stored: Callable[[], None]) -> int:
-    uid = str(event.request.AffectedSOPInstanceUID)
-    name = hashlib.sha256(uid.encode()).hexdigest()
-    path = plan.inbox / name[:2] / f"{name[:40]}.dcm"
+    path = _path_of(str(event.request.AffectedSOPInstanceUID), plan)
+    receiver._arriving.pop(event.assoc, None)
     with receiver._lock:
         if path.exists():
             receiver.repeated += 1
@@ -130,6 +146,72 @@ def _store(event: Any, plan: ReceiverPlan, receiver: Receiver, stored: Callable[
         receiver.stored += 1
     stored()
     return SUCCESS
+
+
+def _path_of(uid: str, plan: ReceiverPlan) -> Path:
+    name = hashlib.sha256(uid.encode()).hexdigest()
+    return plan.inbox / name[:2] / f"{name[:40]}.dcm"
+
+
+def _count(event: Any, receiver: Receiver) -> None:
+    """Count what an association has sent since its last instance, and end it when that has no end."""
+    from pynetdicom.pdu import P_DATA_TF
+
+    if not isinstance(event.pdu, P_DATA_TF):
+        return
+    before, most = receiver._arriving.get(event.assoc, 0), MAX_INSTANCE_BYTES + MAX_OVERRUN_BYTES
+    receiver._arriving[event.assoc] = before + event.pdu.pdu_length
+    if before <= most < before + event.pdu.pdu_length:
+        receiver.refused += 1
+        event.assoc.abort()
+
+
+def _commit(event: Any, plan: ReceiverPlan) -> tuple[int, None]:
+    """Answer a storage commitment request (PS3.4 J.3) and report what is stored, on the same association."""
+    from pynetdicom.sop_class import StorageCommitmentPushModel
+
+    try:
+        asked = list(event.action_information.ReferencedSOPSequence)
+        transaction = event.action_information.TransactionUID
+        names = [(str(item.ReferencedSOPClassUID), str(item.ReferencedSOPInstanceUID)) for item in asked]
+    except (AttributeError, ValueError):
+        return INVALID_ARGUMENT, None
+    if event.request.ActionTypeID != 1 or not 1 <= len(names) <= MAX_COMMITMENT:
+        return INVALID_ARGUMENT, None
+    report, kind = commitment_report(names, transaction, plan)
+
+    def send() -> None:
+        # The association may be gone before the report: the sender asks again.
+        with contextlib.suppress(RuntimeError, ValueError):
+            event.assoc.send_n_event_report(report, kind, StorageCommitmentPushModel, _COMMITMENT_INSTANCE)
+
+    threading.Thread(target=send, daemon=True).start()
+    return SUCCESS, None
+
+
+def commitment_report(names: list[tuple[str, str]], transaction: str, plan: ReceiverPlan) -> tuple[Any, int]:
+    """Return the report on (class, instance) UIDs and its type: all committed, or some not here."""
+    from pydicom.dataset import Dataset
+
+    def items(chosen: list[tuple[str, str]], *, reason: int | None) -> list[Any]:
+        found = []
+        for sop_class, instance in chosen:
+            item = Dataset()
+            item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, instance
+            if reason is not None:
+                item.FailureReason = reason
+            found.append(item)
+        return found
+
+    stored = [name for name in names if _path_of(name[1], plan).is_file()]
+    missing = [name for name in names if name not in stored]
+    report = Dataset()
+    report.TransactionUID = transaction
+    if stored:
+        report.ReferencedSOPSequence = items(stored, reason=None)
+    if missing:
+        report.FailedSOPSequence = items(missing, reason=NO_SUCH_INSTANCE)
+    return report, SOME_FAILED if missing else ALL_COMMITTED
 
 
 def _tls(plan: ReceiverPlan) -> ssl.SSLContext | None:

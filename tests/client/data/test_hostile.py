@@ -223,3 +223,108 @@ def test_killed_import_continues_to_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_import_killed_twenty_times_ends_with_the_same_bytes(tmp_path: Path) -> None:
     killed_and_repeated(tmp_path, 20, studies=300, seed=20)
+
+
+def test_dicom_bombs_each_cost_one_study(tmp_path: Path) -> None:
+    """Declare huge dimensions, lie about lengths, nest without end, inflate without end: one pair is left."""
+    import numpy as np
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    from tests.client.data.synthetic_dicom import base_image, dataset_for, make_export
+    from tests.client.data.test_dicom import nested
+
+    export = tmp_path / "export"
+    studies = make_export(export, 5, seed=21, side=128)
+    files = [export / f"dicom/000/{number:06d}.dcm" for number in range(5)]
+    for path in export.rglob("*-lat.dcm"):
+        path.unlink()
+    image = base_image(np.random.default_rng(1), side=128)
+    huge = dataset_for(studies[1], image, view="PA", number=1, inverted=False)
+    huge.Rows = huge.Columns = 60_000
+    huge.save_as(files[1], enforce_file_format=True)
+    for path, attack in (
+        (files[2], b"\x08\x00\x49\x00OB\x00\x00\xf0\xff\xff\xff"),
+        (files[3], nested(5000)),
+    ):
+        content = path.read_bytes()
+        at = content.index(b"\x08\x00\x50\x00SH")
+        path.write_bytes(content[:at] + attack + content[at:])
+    bomb = dataset_for(studies[4], image, view="PA", number=4, inverted=False)
+    bomb.Rows = bomb.Columns = 12_000
+    bomb.PixelData = bytes(288_000_000)
+    bomb.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    bomb.save_as(files[4], enforce_file_format=True)
+    assert files[4].stat().st_size < 1_000_000
+    document = run_import(export, tmp_path / "out", "--format", "dicom+table", "--no-check-writing")
+    assert document["kept"] == 1
+    assert document["dropped"]["image-too-large"] >= 1
+    assert document["read"] == document["kept"] + sum(document["dropped"].values())
+
+
+def test_links_in_place_of_table_dicom_and_output_are_refused(tmp_path: Path) -> None:
+    from common.errors import FedRadError
+    from tests.client.data.synthetic_dicom import make_export
+
+    outside = tmp_path / "outside"
+    source = make_site(tmp_path / "hospital", rows(2))
+    outside.mkdir()
+    (source / "reports.csv").rename(outside / "reports.csv")
+    (source / "reports.csv").symlink_to(outside / "reports.csv")
+    with pytest.raises(FedRadError, match="plain file"):
+        run_import(source, tmp_path / "out", "--format", "table")
+    make_export(tmp_path / "elsewhere", 2, seed=3, side=128)
+    export = tmp_path / "export"
+    (export / "dicom").mkdir(parents=True)
+    (export / "reports.csv").write_bytes((tmp_path / "elsewhere/reports.csv").read_bytes())
+    (export / "dicom/000").symlink_to(tmp_path / "elsewhere/dicom/000")
+    (export / "dicom/one.dcm").symlink_to(tmp_path / "elsewhere/dicom/000/000000.dcm")
+    with pytest.raises(FedRadError, match="expected DICOM files"):
+        run_import(export, tmp_path / "out", "--format", "dicom+table")
+    (outside / "target").mkdir()
+    (tmp_path / "linked-out").symlink_to(outside / "target")
+    with pytest.raises(FedRadError):
+        run_import(make_site(tmp_path / "second", rows(2)), tmp_path / "linked-out")
+    assert list((outside / "target").iterdir()) == []
+
+
+def test_zip_archives_are_not_opened(tmp_path: Path) -> None:
+    import zipfile
+
+    from common.errors import FedRadError
+
+    source = make_site(tmp_path / "hospital", rows(2))
+    with zipfile.ZipFile(source / "more.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("../../escaped.dcm", bytes(1000))
+        archive.writestr("bomb.dcm", bytes(50_000_000))
+    assert run_import(source, tmp_path / "out")["kept"] == 2
+    assert not list(tmp_path.rglob("escaped.dcm"))
+    table = rows(1)
+    table[0]["image"] = "more.zip"
+    write_table(source / "reports.csv", table)
+    with pytest.raises(FedRadError, match="image-unreadable 1"):
+        run_import(source, tmp_path / "other")
+
+
+def test_names_and_formulas_of_a_hostile_table_stay_text(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    table = rows(3)
+    attacks = (
+        '"><svg onload=alert(1)>',
+        "=cmd|' /C calc'!A0",
+        "@SUM(1+1)*<iframe src=//evil>",
+        "{{7*7}}${7*7}",
+    )
+    table[0]["patient"], table[1]["accession"] = attacks[0], attacks[1]
+    table[2]["findings"] = f"Heart size is normal. {attacks[2]} {attacks[3]}"
+    table[2]["impression"] = "</p></article><style>*{display:none}</style>"
+    source = make_site(tmp_path / "hospital", table)
+    assert run_import(source, tmp_path / "out")["kept"] == 3
+    sheet = tmp_path / "s.html"
+    assert CliRunner().invoke(app, ["show", str(tmp_path / "out"), "--html", str(sheet)]).exit_code == 0
+    page = sheet.read_text()
+    for raw in ("<svg", "<iframe", "cmd|", "</article><style>", "onload=alert(1)>"):
+        assert raw not in page
+    assert "{{7*7}}" in page and page.count("<style>") == 1
+    for line in (tmp_path / "out/pairs.jsonl").read_text().splitlines():
+        assert set(json.loads(line)["patient"]) <= set("p0123456789abcdef")

@@ -2,11 +2,14 @@
 
 import datetime
 import json
+import queue
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,17 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from pydicom.dataset import Dataset
-from pynetdicom import AE
-from pynetdicom.sop_class import CTImageStorage, DigitalXRayImageStorageForPresentation, Verification
+from pynetdicom import AE, evt
+from pynetdicom.sop_class import (
+    CTImageStorage,
+    DigitalXRayImageStorageForPresentation,
+    StorageCommitmentPushModel,
+    Verification,
+)
 
 from client.data.receive import Receiver, ReceiverPlan, start_receiver, verify_plan
+from client.data.sources.dicom_folder import read_dicom_folder
+from client.data.sources.table import read_rows
 from common.errors import ReceiverRefused
 from tests.client.data.synthetic_dicom import Planted, dataset_for
 
@@ -174,6 +184,128 @@ def test_only_certified_senders_get_through_tls(tmp_path: Path) -> None:
     assert is_turned_away(running.port, client_context(tmp_path, None))
     assert not is_turned_away(running.port, client_context(tmp_path, "pacs"))
     running.close()
+
+
+def asked_for(*uids: str) -> Dataset:
+    """Build the request of a storage commitment for DX instances."""
+    request = Dataset()
+    request.TransactionUID = "1.2.3.99"
+    request.ReferencedSOPSequence = []
+    for uid in uids:
+        item = Dataset()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = (
+            DigitalXRayImageStorageForPresentation,
+            uid,
+        )
+        request.ReferencedSOPSequence.append(item)
+    return request
+
+
+@pytest.mark.parametrize(("uids", "kind", "failed"), [(["1.2.1"], 1, []), (["1.2.1", "1.2.2"], 2, ["1.2.2"])])
+def test_commitment_names_what_is_stored_and_what_is_not(
+    receiver: Receiver, uids: list[str], kind: int, failed: list[str]
+) -> None:
+    reported: queue.Queue[tuple[int, Dataset]] = queue.Queue()
+
+    def note(event: Any) -> tuple[int, None]:
+        reported.put((event.request.EventTypeID, event.event_information))
+        return 0, None
+
+    entity = AE(ae_title="PACS")
+    entity.add_requested_context(DigitalXRayImageStorageForPresentation)
+    entity.add_requested_context(StorageCommitmentPushModel)
+    link = entity.associate(
+        "127.0.0.1", receiver.port, ae_title="FEDRAD", evt_handlers=[(evt.EVT_N_EVENT_REPORT, note)]
+    )
+    assert link.send_c_store(image("1.2.1")).Status == 0
+    status, _ = link.send_n_action(asked_for(*uids), 1, StorageCommitmentPushModel, "1.2.840.10008.1.20.1.1")
+    assert status.Status == 0
+    seen, report = reported.get(timeout=60)
+    assert seen == kind
+    assert report.TransactionUID == "1.2.3.99"
+    assert [item.ReferencedSOPInstanceUID for item in report.ReferencedSOPSequence] == ["1.2.1"]
+    assert [item.ReferencedSOPInstanceUID for item in report.get("FailedSOPSequence", [])] == failed
+    empty, _ = link.send_n_action(asked_for(), 1, StorageCommitmentPushModel, "1.2.840.10008.1.20.1.1")
+    assert empty.Status == 0x0115
+    link.release()
+
+
+def test_endless_instance_ends_its_association(
+    tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.data.receive.MAX_INSTANCE_BYTES", 20_000)
+    monkeypatch.setattr("client.data.receive.MAX_OVERRUN_BYTES", 50_000)
+    link = associate(receiver.port)
+    large = dataset_for(STUDY, np.full((256, 256), 0.5), view="PA", number=1, inverted=False)
+    assert "Status" not in link.send_c_store(large)
+    link.join(timeout=120)
+    assert not link.is_established
+    assert (receiver.stored, receiver.refused) == (0, 1)
+    link = associate(receiver.port)
+    medium = dataset_for(STUDY, np.full((128, 128), 0.5), view="PA", number=2, inverted=False)
+    assert link.send_c_store(medium).Status == 0xA700
+    assert link.send_c_store(image()).Status == 0
+    link.release()
+    assert [path.suffix for path in (tmp_path / "inbox").rglob("*") if path.is_file()] == [".dcm"]
+
+
+def receive_process(inbox: Path) -> tuple[Any, int]:
+    """Start the command and return its process and port."""
+    start = [sys.executable, "-m", "client.data.cli", "receive", "--out", str(inbox), "--allow", "PACS"]
+    process = subprocess.Popen(
+        [*start, "--port", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    return process, int(process.stderr.readline().split(":")[1].split(" ")[0])
+
+
+def test_acknowledged_images_survive_kill_9_and_the_rest_is_sent_again(tmp_path: Path) -> None:
+    inbox = tmp_path / "inbox"
+    process, port = receive_process(inbox)
+    images = [image(f"1.2.{number}") for number in range(40)]
+    acknowledged: list[str] = []
+
+    def send_all(to: int) -> None:
+        link = associate(to)
+        for one in images:
+            try:
+                status = link.send_c_store(one)
+            except RuntimeError:
+                break
+            if "Status" in status and status.Status == 0:
+                acknowledged.append(one.SOPInstanceUID)
+        if link.is_established:
+            link.release()
+        else:
+            link.abort()
+        link.join(timeout=30)
+
+    sender = threading.Thread(target=send_all, args=(port,))
+    sender.start()
+    limit = time.monotonic() + 120
+    while len(acknowledged) < 5 and time.monotonic() < limit:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    sender.join()
+    stored = {pydicom.dcmread(path).SOPInstanceUID for path in inbox.rglob("*.dcm")}
+    assert 5 <= len(acknowledged) < 40
+    assert set(acknowledged) <= stored
+    # What a kill in the middle of a file leaves is no image to the import; the next start removes it.
+    whole = next(inbox.rglob("*.dcm"))
+    (whole.parent / f".{whole.name}.1.partial").write_bytes(whole.read_bytes()[:5000])
+    (tmp_path / "reports.csv").write_text("accession,report\nXR1,FINDINGS: Clear lungs.\n")
+    rows = read_rows(tmp_path / "reports.csv", required=("study",))
+    studies = list(read_dicom_folder(inbox, rows=rows))
+    assert [len(study.images) for study in studies] == [len(stored)]
+    process, port = receive_process(inbox)
+    acknowledged.clear()
+    send_all(port)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert len(acknowledged) == 40
+    assert len(list(inbox.rglob("*.dcm"))) == 40
+    assert list(inbox.rglob(".*.partial")) == []
 
 
 def test_command_ends_on_sigterm_with_its_counts(tmp_path: Path) -> None:
