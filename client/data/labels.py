@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from client.data.sources.table import ALIASES, raw_rows
-from client.data.statements import said_by
+from client.data.statements import BROAD, said_by
 from client.data.study import SourceStudy
 from common.errors import SourceInvalid
 
@@ -64,7 +64,9 @@ def disagreements(labels: tuple[Label, ...], text: str, *, language: str) -> tup
     """Return the labels, in order, of which the text says the opposite."""
     said = said_by(text, language=language)
     found = [
-        name for name, present in labels if name != NORMAL and name in said and said[name] is not present
+        name
+        for name, present in labels
+        if name not in (NORMAL, *BROAD) and name in said and said[name] is not present
     ]
     if (NORMAL, True) in labels and any(said.get(name) for name in _ABNORMAL):
         found.append(NORMAL)

@@ -75,6 +75,12 @@ _MACHINE = re.compile(
     r"|^#{1,3} |please consult (?:a|your)|\bcertainly[!,]",
     re.I | re.M,
 )
+# Two examinations in one report: the image shows the chest only.
+_OTHER_PART = re.compile(
+    r"\b(?:KUB|knees?|ankles?|hip joint|(?<!abdomen and )pelvis|femur|tibia|foot|wrists?|elbows?|skull|"
+    r"sinuses|rodilla|tobillo|cadera|muñeca|codo)\b|膝关节|踝关节|骨盆|腕关节|肘关节",
+    re.I,
+)
 _NEGATION = re.compile(
     r"\b(?:no|not|without|negative for|free of|absence of|resolved|rather than|sin|ni|niega)\b"
     r"|未见|无|没有|否认",
@@ -141,6 +147,8 @@ def flags_of(sections: Mapping[str, str]) -> tuple[str, ...]:
         flags.add("template-normal")
     if _MACHINE.search(findings) or _MACHINE.search(impression):
         flags.add("machine-text")
+    if _OTHER_PART.search(findings):
+        flags.add("other-body-part")
     if len(set(parts)) < len(parts):
         flags.add("repeated-sentence")
     if len(findings.split()) < 5 and language_of(findings) != "zh":
@@ -173,9 +181,10 @@ def language_of(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Normalise to NFC on one line without control characters, stripped of stray colons and dashes."""
+    """Normalise to NFC on one line without control characters, stray colons, dashes and stops."""
     kept = "".join(" " if unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp") else char for char in text)
-    return " ".join(unicodedata.normalize("NFC", kept).split()).strip(" :-")
+    line = " ".join(unicodedata.normalize("NFC", kept).split()).strip(" :-")
+    return re.sub(r"(?<=[.!?])(?: \.)+(?= |$)", "", line)
 
 
 def _heading_pattern() -> str:

@@ -22,6 +22,8 @@ _TERMS: Mapping[str, str] = {
     "Fracture": r"fractur\w*|骨折",
     "Edema": r"edema\w*|肺水肿",
 }
+# Denying one kind of it (infiltrate) does not deny another (scar): no contradiction can be read off.
+BROAD = ("Lung Opacity",)
 
 
 def said_by(text: str, *, language: str) -> dict[str, bool]:
@@ -44,4 +46,6 @@ def said_by(text: str, *, language: str) -> dict[str, bool]:
 def contradictions(findings: str, impression: str, *, language: str) -> tuple[str, ...]:
     """Return the findings that one section affirms and the other denies."""
     first, second = said_by(findings, language=language), said_by(impression, language=language)
-    return tuple(name for name in first if name in second and first[name] is not second[name])
+    return tuple(
+        name for name in first if name not in BROAD and name in second and first[name] is not second[name]
+    )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from client.data.reports import flags_of, language_of, remove_priors, split_sections
+from client.data.reports import flags_of, language_of, one_line, remove_priors, split_sections
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,24 @@ def test_references_to_earlier_studies_go_and_findings_stay(text: str, expected:
         ("As an AI language model, I see no fracture in this image.", "machine-text"),
         ("There is a nodule here. There is a nodule here.", "repeated-sentence"),
         ("Cardiomegaly.", "very-short"),
+        ("The lungs are clear. Left knee. There is a total knee prosthesis.", "other-body-part"),
         ("___ and ___ of the ___.", "much-redacted"),
     ],
 )
 def test_doubtful_text_is_flagged(findings: str, flag: str) -> None:
     assert flag in flags_of({"findings": findings, "impression": ""})
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("No acute process. .", "No acute process."),
+        ("Clear. . Heart\n normal.", "Clear. Heart normal."),
+        ("9 . 5", "9 . 5"),
+    ],
+)
+def test_stray_stops_go(text: str, line: str) -> None:
+    assert one_line(text) == line
 
 
 def test_ordinary_report_has_no_flag() -> None:
