@@ -14,19 +14,16 @@ from deploy.site.status import read_status, words
 from tests.deploy.lab import RealConsortium, running
 from tests.deploy.site.test_gateway import connect_proxy
 
-# Python's clocks of every process of a site; libfaketime breaks the sleeps of Python 3.11.
+# The clocks that every process of a site asks; libfaketime breaks the sleeps of Python 3.11, and cryptography
+# refuses a false datetime class.
 WRONG_CLOCK = """
 import datetime, time
-_OFFSET_S, _time, _datetime = {offset_s}, time.time, datetime.datetime
-class _Wrong(_datetime):
-    @classmethod
-    def now(cls, tz=None):
-        return _datetime.now(tz) + datetime.timedelta(seconds=_OFFSET_S)
-    @classmethod
-    def utcnow(cls):
-        return _datetime.utcnow() + datetime.timedelta(seconds=_OFFSET_S)
-time.time = lambda: _time() + _OFFSET_S
-datetime.datetime = _Wrong
+_time, _offset = time.time, datetime.timedelta(seconds={offset_s})
+time.time = lambda: _time() + {offset_s}
+import client.enrolment, flwr.supercore.date
+_flower, _site = flwr.supercore.date.now, client.enrolment.utc_now
+flwr.supercore.date.now = lambda: _flower() + _offset
+client.enrolment.utc_now = lambda: _site() + _offset
 """
 pytestmark = [
     pytest.mark.slow,
