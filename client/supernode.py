@@ -3,7 +3,7 @@
 Flower 1.41 repeats each request until it gets through, but takes every TLS error for a wrong certificate: a
 connection that ends in the middle of TLS (a proxy restarted, a firewall's time-out) makes it throw the reply
 away, and one that ends in the handshake makes it leave its loop while its process lives on and does nothing
-(tests/deploy/test_cut_upload.py). Here only a certificate that does not verify ends the trying.
+(docs/protocol/secagg.md, Transfer). Here only a certificate that does not verify ends the trying.
 
 Parts of a message that have arrived are not sent again, unless nothing arrived for 180 s: then the SuperLink
 forgets the message, and the server asks again (`server/cohort.py`).

@@ -58,10 +58,9 @@ def join_envelope(records: MutableMapping[str, Any]) -> tuple[str, bytearray]:
     if any(size != PART_BYTES for size in sizes[:-1]) or (len(sizes) > 1 and not sizes[-1]):
         raise RelayInvalid(f"expected full parts of {PART_BYTES} bytes before the last")
     _check_size(sum(sizes))
-    envelope, at = bytearray(sum(sizes)), 0
-    for name, size in zip(names, sizes, strict=True):
-        envelope[at : at + size] = records.pop(name)["envelope"]
-        at += size
+    envelope = bytearray()
+    for name in names:
+        envelope += records.pop(name)["envelope"]
     return stages.pop(), envelope
 
 

@@ -284,6 +284,7 @@ def flower_environment(home: Path, python_path: tuple[Path, ...], tuning: Tuning
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(tuning.task_poll_s),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "1048576",  # a part that was joined goes back to the system at once
         "MALLOC_ARENA_MAX": "2",  # threads that each keep a heap of 20 MB messages add up to gigabytes
     }
 
