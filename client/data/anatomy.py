@@ -29,7 +29,7 @@ _WEIGHTS = (8.8, -5.7, 16.8, 18.7, -4.5, 2.1, 1.6)
 _OFFSET = -21.8
 _MOST_TEXTURE = 4.0
 # What no other measure can make up for: the dark fields stand out from the middle, and are not empty.
-_LEAST_CONTRAST, _LEAST_TEXTURE, _HARDLY = 0.05, 1.0, -5.0
+_LEAST_CONTRAST, _LEAST_TEXTURE, _HARDLY = 0.05, 0.7, -5.0
 
 Floats = npt.NDArray[np.floating[Any]]
 

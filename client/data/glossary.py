@@ -47,6 +47,7 @@ FLAGS: Mapping[str, str] = {
     "near-duplicate-image": "an image almost like that of another study; both are in one split",
     "near-duplicate-report": "a long report almost like another; both are in one split",
     "other-body-part": "the report speaks of a knee, a pelvis or the like: two examinations in one",
+    "refers-to-prior": "still speaks of an earlier image after the removal of such words",
     "repeated-sentence": "the same sentence twice",
     "sections-disagree": "findings and impression say opposite things",
     "template-normal": "every sentence is a normal or negative phrase",

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PRIORS_VERSION = "1"
+PRIORS_VERSION = "2"
 SECTIONS = ("indication", "findings", "impression")
 
 _HEADINGS: Mapping[str, tuple[str, ...]] = {
@@ -61,6 +61,41 @@ _PRIOR_WORDS = (
 _CHANGE_WORDS = (
     r"(?:interval(?:ly)?|new(?:ly)?|unchanged|stable|persistent(?:ly)?|residual|again|worsen(?:ed|ing)|"
     r"improv(?:ed|ing)|increas(?:ed|ing)|decreas(?:ed|ing)|resolv(?:ed|ing)|progressi(?:on|ve)|similar)"
+)
+# What an earlier image showed and this one does not.
+_GONE = (
+    r"\b(?:has|have) (?:\w+ )?(?:resolved|cleared)\b|\b(?:has|have) (?:since |\w+ )?been (?:\w+ )?removed\b"
+    r"|\bthere has been (?:(?:an|the|apparent|partial|complete|interval) )*"
+    r"(?:removal|extubation|resolution|clearing|no (?:significant |interval )*change)\b"
+)
+_CHANGES = (
+    (r"\bthere has been (?:(?:an|the|apparent|interval) )*development of\b", "There is"),
+    (
+        r"\bthere (?:has been|is) (?:(?:an|the|some|apparent|interval|slight|mild) )*improvement (?:in|of)\b",
+        "There is",
+    ),
+    (
+        r"\b(?:better |as )?(?:demonstrated |seen )?(?:from|on|than|to|with) (?:the )?prior(?: ___)?"
+        r"(?=\s*[.,;]|$)",
+        "",
+    ),
+    (r"\bpreviously (?:seen|noted|described|identified|demonstrated|mentioned)\s+", ""),
+    (r"\s+(?:but|and)\s+(?:stable|unchanged)(?=\s*[.,;]|$)", ""),
+    (r"(?<=[a-z]),?\s+(?:stable|unchanged)(?=\s*[,.;])", ""),
+    (
+        r"\b(?:interval|again|newly|unchanged|stable|"
+        r"(?:slightly |mildly )?(?:improving|improved|worsening|worsened)),?\s+(?!of\b|in\b)(?=[a-zà-ÿ])",
+        "",
+    ),
+)
+# Words that refer to an earlier image; what still has them after the removal is flagged.
+_REFERS = re.compile(
+    r"\b(?:compared|comparison|interval|unchanged|stable|previously (?:seen|noted|described|identified))\b"
+    r"|\b(?:prior|previous|earlier|last|preceding) (?:study|studies|exam\w*|radiograph\w*|film\w*|x-?rays?|"
+    r"image\w*|imaging|ct|scan\w*|chest|report)\b"
+    r"|\b(?:has|have) (?:\w+ )?(?:resolved|cleared)\b"
+    r"|前片|旧片|较前|estudios? (?:previos?|anterior)|sin cambios",
+    re.I,
 )
 _NO_CHANGE = (
     r"\W*(?:no (?:significant |interval )*change\b|unchanged\b|stable exam|sin cambios|(?:未见|无)明显变化)"
@@ -147,6 +182,8 @@ def flags_of(sections: Mapping[str, str]) -> tuple[str, ...]:
         flags.add("template-normal")
     if _MACHINE.search(findings) or _MACHINE.search(impression):
         flags.add("machine-text")
+    if _REFERS.search(findings) or _REFERS.search(impression):
+        flags.add("refers-to-prior")
     if _OTHER_PART.search(findings):
         flags.add("other-body-part")
     if len(set(parts)) < len(parts):
@@ -222,12 +259,19 @@ def _without_priors(sentence: str) -> tuple[str, int]:
 
 
 def _drop_change(sentence: str) -> tuple[str, int]:
-    """Drop words of change; a sentence that says nothing but 'unchanged' goes as a whole."""
-    if re.search(r"\b(?:is|are|remains?|appears?|overall)?\s*(?:unchanged|stable)\s*[.;]?$", sentence, re.I):
+    """Drop words of change; a sentence that says nothing but 'unchanged' or 'resolved' goes as a whole."""
+    if re.search(_GONE, sentence, re.I):
         return "", 1
-    shorter, count = re.subn(
-        r"\b(?:interval|again|newly|unchanged|stable)\s+(?=[a-zà-ÿ])", "", sentence, flags=re.I
-    )
+    if re.search(
+        r"\b(?:is|are|remains?|appears?|overall)?\s*(?<!but )(?<!and )(?<!, )(?:unchanged|stable)\s*[.;]?$",
+        sentence,
+        re.I,
+    ):
+        return "", 1
+    shorter, count = sentence, 0
+    for pattern, instead in _CHANGES:
+        shorter, more = re.subn(pattern, instead, shorter, flags=re.I)
+        count += more
     shorter, more = re.subn(
         r"[，,]?较前(?:片)?(?:明显|稍|略)?(?:增多|减少|吸收|好转|进展|相仿|增大|缩小)", "", shorter
     )
