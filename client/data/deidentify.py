@@ -124,7 +124,8 @@ def _spellings(kind: str, value: str) -> Iterable[str]:
         digits = re.sub(r"\D", "", value)
         if len(digits) >= 5:
             yield digits
-            yield digits.lstrip("0") or digits
+            if len(digits.lstrip("0")) >= 5:
+                yield digits.lstrip("0")
 
 
 def _name_spellings(value: str) -> Iterable[str]:

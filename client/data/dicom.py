@@ -76,7 +76,7 @@ def read_dicom(path: Path, *, pixels: bool) -> Any:
             )
             if "SOPClassUID" not in dataset and "DirectoryRecordSequence" not in dataset:
                 raise StudyRejected(Reason.IMAGE_UNREADABLE)
-            if bare and "TransferSyntaxUID" not in dataset.file_meta:
+            if "TransferSyntaxUID" not in dataset.file_meta:
                 dataset.file_meta.TransferSyntaxUID = _native_syntax(dataset)
             return dataset
     except StudyRejected:

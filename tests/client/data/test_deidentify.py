@@ -78,6 +78,12 @@ def test_scrubbing_twice_changes_nothing(text: str) -> None:
     assert scrub(once, KNOWN).text == once
 
 
+def test_accession_full_of_zeros_does_not_take_the_measurements() -> None:
+    known = (("id", "XR000001"), ("id", "00412345"))
+    text = "Nodule of 1 mm at level 1, see XR000001, 00412345 and 412345."
+    assert scrub(text, known).text == "Nodule of 1 mm at level 1, see ___ and ___."
+
+
 def test_left_over_identifier_is_noticed_by_kind_only() -> None:
     assert left_over("seen by w h i t f i e l d", KNOWN) == ()
     assert left_over("seen by Whitfield yesterday", KNOWN) == ("physician",)

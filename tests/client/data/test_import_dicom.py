@@ -127,3 +127,42 @@ def test_folder_without_dicom_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "export/reports.csv").write_text("accession,report\nA,FINDINGS: Clear.\n")
     with pytest.raises(SourceInvalid, match="expected DICOM files"):
         run_import(tmp_path / "export", tmp_path / "out", "--format", "dicom+table")
+
+
+def test_unusual_files_come_out_de_identified_too(tmp_path: Path) -> None:
+    """A deflated file, one without file meta, and one whose overlay carries the name."""
+    import numpy as np
+    import pydicom
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    studies = make_export(tmp_path / "export", 3, seed=5, side=128)
+    for path in (tmp_path / "export/dicom").rglob("*-lat.dcm"):
+        path.unlink()
+    files = sorted((tmp_path / "export/dicom").rglob("*.dcm"))
+    deflated, bare, overlaid = (pydicom.dcmread(path) for path in files)
+    deflated.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    deflated.save_as(files[0], enforce_file_format=True)
+    del bare.file_meta
+    pydicom.dcmwrite(files[1], bare, implicit_vr=False, little_endian=True, enforce_file_format=False)
+    secret = b"BRANDTZOFIA"
+    overlaid.add_new(0x60000010, "US", 128)
+    overlaid.add_new(0x60000011, "US", 128)
+    overlaid.add_new(0x60000022, "LO", secret.decode())
+    overlaid.add_new(0x60003000, "OW", (secret + bytes(2048))[:2048])
+    overlaid.add_new(0x60004000, "LT", secret.decode())
+    overlaid.save_as(files[2], enforce_file_format=True)
+    document, pairs, _ = imported(tmp_path, studies, writing="no")
+    assert len(pairs) == 3, document["dropped"]
+    run_import(tmp_path / "export", tmp_path / "with", "--no-check-writing", "--with-dicom")
+    written = sorted((tmp_path / "with/dicom").rglob("*.dcm"))
+    assert len(written) == 3
+    everything = b"".join(path.read_bytes() for path in written)
+    assert secret not in everything
+    for study in studies:
+        for value in (study.patient_id, study.accession, study.birth):
+            assert value.encode() not in everything
+    for path in written:
+        again = pydicom.dcmread(path)
+        assert again.PatientIdentityRemoved == "YES"
+        assert not [element for element in again if element.tag.group == 0x6000]
+        assert np.ptp(again.pixel_array) > 0
