@@ -1,8 +1,10 @@
 """De-identification of a DICOM header: PS3.15 Basic Profile, with what the profile asks to be written.
 
 Guarantees: the profile of dicom-anonymizer is applied at every depth; UIDs are replaced by keyed ones and
-study dates shifted by one keyed interval per patient, both the same on every run; private elements go; every
-remaining text element that holds a known identifier goes; the attestation attributes say what was done.
+study dates shifted by one keyed interval per patient, both the same on every run; private elements, overlays,
+curves, icons and every binary element but pixels and LUTs go, and so do preamble and sender in the file meta
+information; every remaining text element that holds a known identifier goes; the attestation attributes say
+what was done.
 Pixel data is kept: `burned_in.py` decides whether it may be.
 """
 
@@ -27,6 +29,12 @@ _CODES = (
 )
 _SHIFTED = ("StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate")
 _KEPT_UIDS = ("SOPClassUID", "MediaStorageSOPClassUID", "TransferSyntaxUID", "ImplementationClassUID")
+_BINARY_VRS = ("OB", "OW", "OF", "OD", "OL", "OV", "UN")
+_KEPT_BINARIES = ("PixelData", "LUTData")
+_KEPT_META = (
+    "FileMetaInformationVersion", "MediaStorageSOPClassUID", "MediaStorageSOPInstanceUID",
+    "TransferSyntaxUID", "ImplementationClassUID",
+)  # fmt: skip
 _TEXT_VRS = ("AE", "CS", "DA", "DT", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UT", "UR", "AS")
 
 
@@ -48,7 +56,9 @@ def deidentify_header(dataset: Any, *, key: SiteKey, known: tuple[Known, ...] = 
     dataset.PatientName = dataset.PatientID
     dataset.AccessionNumber = study_pseudonym(key, study)[:16]
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    _remove_pictures(dataset)
     _remove_known(dataset, identifiers)
+    _clear_meta(dataset)
     _attest(dataset)
 
 
@@ -91,6 +101,25 @@ def _apply_profile(dataset: Any) -> None:
         if element.VR == "SQ":
             for item in element.value:
                 _apply_profile(item)
+
+
+def _remove_pictures(dataset: Any) -> None:
+    """Remove what may show or hold text beside the image, which the profile's tag list does not reach."""
+    for element in list(dataset):
+        drawn = element.tag.group & 0xFF00 in (0x5000, 0x6000) or element.keyword == "IconImageSequence"
+        if drawn or (element.VR in _BINARY_VRS and element.keyword not in _KEPT_BINARIES):
+            del dataset[element.tag]
+        elif element.VR == "SQ":
+            for item in element.value:
+                _remove_pictures(item)
+
+
+def _clear_meta(dataset: Any) -> None:
+    """Clear the preamble, which may hold another file, and the sender in the file meta information."""
+    dataset.preamble = bytes(128)
+    for element in list(dataset.file_meta):
+        if element.keyword not in _KEPT_META:
+            del dataset.file_meta[element.tag]
 
 
 def _remove_known(dataset: Any, known: tuple[Known, ...]) -> None:

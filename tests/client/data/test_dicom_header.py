@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from pydicom.dataset import Dataset
 
 from client.data.dicom_header import deidentify_header, keyed_uid, shifted
 from client.data.sitekey import SiteKey
@@ -42,6 +43,30 @@ def test_no_planted_identifier_remains_in_the_file(seed: int) -> None:
     for name in (study.family, study.given, *study.physician.split("^")):
         if len(name) >= 4:
             assert name.lower().encode() not in header
+
+
+def test_overlays_icons_binaries_preamble_and_sender_go() -> None:
+    study = plant(3, random.Random(3))
+    ds = dataset_for(study, IMAGE, view="PA", number=3, inverted=False)
+    secret = b"BRANDTZOFIA"
+    ds.add_new(0x60000022, "LO", secret.decode())
+    ds.add_new(0x60003000, "OW", (secret + bytes(512))[:512])
+    ds.add_new(0x50003000, "OW", (secret + bytes(5))[:12])
+    icon = Dataset()
+    icon.Rows = icon.Columns = 4
+    icon.PixelData = (secret + bytes(5))[:16]
+    icon["PixelData"].VR = "OB"
+    ds.IconImageSequence = [icon]
+    ds.EncapsulatedDocument = secret + b"."
+    item = Dataset()
+    item.add_new(0x00281408, "OW", (secret + bytes(5))[:12])
+    ds.VOILUTSequence = [item]
+    ds.file_meta.SourceApplicationEntityTitle = secret.decode()
+    ds.preamble = (secret + bytes(128))[:128]
+    assert written(ds).count(secret) >= 7
+    deidentify_header(ds, key=KEY)
+    assert secret not in written(ds)
+    assert ds.PixelData
 
 
 def test_attestation_says_what_was_done() -> None:
