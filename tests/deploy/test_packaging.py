@@ -20,6 +20,9 @@ NEEDED = (
     "client/evaluate/report.html.j2",
     "deploy/local/report.html.j2",
     "deploy/local/fab/pyproject.toml",
+    "deploy/server/fab/pyproject.toml",
+    "deploy/proxy/nginx.conf.template",
+    "deploy/proxy/Caddyfile.template",
 )
 
 

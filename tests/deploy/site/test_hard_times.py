@@ -14,16 +14,19 @@ from deploy.site.status import read_status, words
 from tests.deploy.lab import RealConsortium, running
 from tests.deploy.site.test_gateway import connect_proxy
 
-# The clocks that every process of a site asks; libfaketime breaks the sleeps of Python 3.11, and cryptography
-# refuses a false datetime class.
+# The clocks that a site's programs ask: Flower's, the link's, the agent's. libfaketime breaks sleeping,
+# cryptography refuses a false datetime class, and gRPC reckons its time-outs with time.time.
 WRONG_CLOCK = """
-import datetime, time
+import datetime, sys, time
 _time, _offset = time.time, datetime.timedelta(seconds={offset_s})
-time.time = lambda: _time() + {offset_s}
 import client.enrolment, flwr.supercore.date
 _flower, _site = flwr.supercore.date.now, client.enrolment.utc_now
 flwr.supercore.date.now = lambda: _flower() + _offset
 client.enrolment.utc_now = lambda: _site() + _offset
+if "client.cli" in sys.orig_argv:
+    time.time = lambda: _time() + {offset_s}
+    import client.agent  # its clock is bound here
+    time.time = _time
 """
 pytestmark = [
     pytest.mark.slow,
