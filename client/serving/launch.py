@@ -11,9 +11,10 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import signal
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,8 +161,6 @@ async def serve(
     launch: Launch, *, store: ModelStore | None, progress: Progress, started: Callable[[str, str], None]
 ) -> None:
     """Serve until SIGINT or SIGTERM; `started` gets the address and, the first time, a token."""
-    import uvicorn
-
     tokens = None if launch.open_to else TokenFile(launch.folder / "serving" / "tokens.json")
     verify_listening(launch, has_tokens=tokens is not None and bool(tokens.names()))
     service = await open_service(launch, progress=progress)
@@ -196,7 +195,9 @@ async def serve(
         token = ""
         if tokens is not None and not tokens.names():
             token = tokens.create("first", admin=True)
-        server = uvicorn.Server(uvicorn_config(app, launch))
+        server = _quiet_server(uvicorn_config(app, launch))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
         running = asyncio.create_task(server.serve())
         while not server.started and not running.done():
             await asyncio.sleep(0.02)
@@ -239,6 +240,18 @@ def uvicorn_config(app: Any, launch: Launch) -> Any:
         timeout_graceful_shutdown=30,
         **tls,
     )
+
+
+def _quiet_server(config: Any) -> Any:
+    """Make a server that leaves signals to its caller: uvicorn raises them again before our clean-up."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Server(config)
 
 
 def _switcher(service: DraftingService, store: ModelStore, launch: Launch) -> Any:
