@@ -327,9 +327,12 @@ def parse_study(data: bytes) -> Study:
     """Parse the canonical JSON of a study; raises ManifestInvalid, NotCanonical or BodyTooLarge."""
     mapping = parse_canonical(data, max_bytes=MAX_MANIFEST_BYTES)
     try:
-        return study_from_mapping(mapping)
+        study = study_from_mapping(mapping)
     except _At as problem:
         raise ManifestInvalid(f"study manifest: {_dotted(problem.path)}: {problem}") from None
+    if format_study(study) != data:
+        raise ManifestInvalid("study manifest: expected every key written out, got one left out")
+    return study
 
 
 def format_study(study: Study) -> bytes:
