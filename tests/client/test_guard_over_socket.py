@@ -20,7 +20,7 @@ from common import errors
 from common.protocol import Stage
 from tests.client import test_agent
 from tests.client.test_agent import *  # noqa: F403
-from tests.simulator import Tape, refusal_of
+from tests.simulator import NodeDown, Tape, refusal_of
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +42,8 @@ class Relayed:
         except AgentRefused as refusal:
             name, _, text = str(refusal).partition(": ")
             raise getattr(errors, name)(text) from refusal
+        except errors.AgentUnavailable as gone:  # what a relay sees of an agent that dies in the middle
+            raise NodeDown(str(gone)) from gone
 
     def close(self) -> None:
         self._service.stop(None).wait()
