@@ -165,7 +165,7 @@ def plant(number: int, chooser: random.Random) -> Planted:
     chosen = [index for index in range(len(planted)) if chooser.random() < 0.4]
     known_used = tuple(value for index, value in enumerate(known) if index in chosen)
     free_used = tuple(value for index, value in enumerate(free) if index + len(known) in chosen)
-    body = [*chooser.sample(SENTENCES, 4), f"Marker distance {number % 97} mm, depth {number % 89} mm."]
+    body = [*chooser.sample(SENTENCES, 4), f"Marker distance {number % 83} mm, depth {number % 79} mm."]
     for index in chosen:
         body.insert(chooser.randint(0, len(body)), planted[index])
     return Planted(
