@@ -10,6 +10,7 @@ two or three letters and text without contrast are beyond it. No socket is opene
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,17 +57,31 @@ def has_burned_in_text(pixels: Gray) -> bool:
         return False
     if tesseract() is None or len(lines) > MAX_LINES:
         return True
+    return any_writing(lines, read_line)
+
+
+def any_writing(lines: list[Line], read: Callable[[Line], list[Word]]) -> bool:
+    """Tell whether lines show more than markers; a line in the place of a marker is its shadow or outline.
+
+    Initials beside a side clear what is unclear in their place, but no clear word or number.
+    """
     markers: list[Line] = []
-    suspects: list[Line] = []
+    initials: list[Line] = []
+    suspects: list[tuple[Line, bool]] = []
     for line in lines:
         if any(_same_place(line, marker) for marker in markers):
             continue
-        words = read_line(line)
+        words = read(line)
         if _reads_as_marker(words):
             markers.append(line)
+        elif min((word.confidence for word in words), default=0) >= 60 and is_side_with_initials(words):
+            initials.append(line)
         elif is_identifying(line, words):
-            suspects.append(line)
-    return any(not any(_same_place(line, marker) for marker in markers) for line in suspects)
+            suspects.append((line, _is_clear(words)))
+    return any(
+        not any(_same_place(line, marker) for marker in (markers if clear else [*markers, *initials]))
+        for line, clear in suspects
+    )
 
 
 def text_lines(image: npt.NDArray[np.uint8], *, least: int = MIN_HEIGHT) -> list[Line]:
@@ -144,10 +159,15 @@ def _reads_as_marker(words: list[Word]) -> bool:
     plain = [(re.sub(r"[^A-Za-z0-9]", "", word.text).upper(), word.confidence) for word in words]
     whole = "".join(text for text, _ in plain)
     clear = [text for text, confidence in plain if text and confidence >= 40]
-    return (
-        (len(whole) >= 7 and is_marker(whole))
-        or (len("".join(clear)) >= 4 and all(map(is_marker, clear)))
-        or (min((word.confidence for word in words), default=0) >= 60 and is_side_with_initials(words))
+    return (len(whole) >= 7 and is_marker(whole)) or (len("".join(clear)) >= 4 and all(map(is_marker, clear)))
+
+
+def _is_clear(words: list[Word]) -> bool:
+    """Tell whether a line holds a clear word of four letters, or four digits, that is no marker."""
+    plain = [(re.sub(r"[^A-Za-z0-9]", "", word.text).upper(), word.confidence) for word in words]
+    return any(
+        (len(text) >= 4 and confidence >= 60 and not is_marker(text)) or sum(map(str.isdigit, text)) >= 4
+        for text, confidence in plain
     )
 
 
@@ -168,20 +188,20 @@ def _same_place(line: Line, marker: Line) -> bool:
     width, other = line.relief.shape[1], marker.relief.shape[1]
     return (
         abs(line.top + line.height / 2 - marker.top - marker.height / 2) <= marker.height
-        and line.left >= marker.left - 2 * marker.height
-        and line.left + width <= marker.left + other + 2 * marker.height
+        and line.left >= marker.left - marker.height
+        and line.left + width <= marker.left + other + marker.height
     )
 
 
 def is_marker(text: str) -> bool:
-    """Tell whether upper-case text is a position marker, markers run together, or a misread long one."""
+    """Tell whether upper-case text is a position marker, the end of one, some together, or a misread one."""
     from rapidfuzz import fuzz
 
     markers = _MARKERS.split()
     together = "|".join(sorted(markers, key=lambda marker: (-len(marker), marker)))
     return (
         re.fullmatch(rf"(?:{together}|[I1])+", text) is not None
-        or (len(text) >= 3 and any(text in marker for marker in markers))
+        or (len(text) >= 4 and any(marker.startswith(text) or marker.endswith(text) for marker in markers))
         or any(len(marker) >= 8 and fuzz.ratio(text, marker) >= 75 for marker in markers)
         or (len(text) >= 7 and any(fuzz.ratio(text, marker) >= 75 for marker in ("APERECT", "PAERECT")))
     )

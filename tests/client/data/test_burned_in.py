@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from client.data import burned_in
-from client.data.burned_in import has_burned_in_text, is_marker, is_side_with_initials
+from client.data.burned_in import Line, any_writing, has_burned_in_text, is_marker, is_side_with_initials
 from client.data.ocr import Word, tesseract
 from client.data.pixels import Gray
 from tests.client.data.synthetic_dicom import base_image, burn
@@ -47,7 +47,7 @@ def test_marker_is_known_even_misread(text: str) -> None:
     assert is_marker(text)
 
 
-@pytest.mark.parametrize("text", ["WRIGHT", "CHESTER", "PORTER", "ERIC", "LEFTON", "7734921"])
+@pytest.mark.parametrize("text", ["WRIGHT", "CHESTER", "PORTER", "ERIC", "LEFTON", "ANDI", "TAN", "7734921"])
 def test_name_like_a_marker_is_no_marker(text: str) -> None:
     assert not is_marker(text)
 
@@ -75,3 +75,23 @@ def test_noise_too_low_for_letters_is_no_writing() -> None:
     small[-3:, 20:120:4] = 65535
     with patch.object(burned_in, "tesseract", return_value=None):
         assert not has_burned_in_text(small)
+
+
+def reading(left: int, width: int, text: str, confidence: float = 90) -> tuple[Line, list[Word]]:
+    words = [Word(part, confidence) for part in text.split()]
+    return Line(top=20, left=left, height=40, relief=np.zeros((52, width), np.uint8)), words
+
+
+@pytest.mark.parametrize(
+    ("readings", "found"),
+    [
+        ([reading(10, 200, "PORTABLE"), reading(12, 196, "PORMAIBLE", 20)], False),
+        ([reading(10, 90, "LT"), reading(10, 250, "LT ORM"), reading(12, 246, "UTORN", 50)], False),
+        ([reading(10, 250, "LT ROS"), reading(12, 280, "LT ROSE")], True),
+        ([reading(10, 200, "ANDI"), reading(12, 400, "BRANDT KENJI", 50)], True),
+        ([reading(10, 200, "PORTABLE"), reading(500, 200, "BRANDT")], True),
+    ],
+)
+def test_marker_clears_its_shadow_only(readings: list[tuple[Line, list[Word]]], found: bool) -> None:
+    words = {id(line): read for line, read in readings}
+    assert any_writing([line for line, _ in readings], lambda line: words[id(line)]) is found
