@@ -43,6 +43,7 @@ from common.errors import (
     DataInsufficient,
     EnvelopeMalformed,
     FedRadError,
+    LedgerInvalid,
     StudyNotApproved,
     WrongStage,
 )
@@ -244,10 +245,16 @@ class SiteAgent:
             if running.study.privacy.mode is not Mode.PLAIN and seen.round + 1 < running.study.rounds:
                 verify_plan(running.study)
                 self._open_budget().commit(running.study.sha256, plan_of(running.study))
+                if running.study.federated_evaluation is not None:
+                    evaluation = evaluation_plan_of(running.study)
+                    evaluation.verify_accounting()
+                    self._open_budget().commit(evaluation_account(running.study.sha256), evaluation)
             data = self._training_data(running)
-            own = statements(
-                self.home, running.study, patients=len(data.patients), studies=len(data.examples),
-                data_sha256=running.data_sha256,
+            own = running.state.stated_once(
+                lambda: statements(
+                    self.home, running.study, patients=len(data.patients), studies=len(data.examples),
+                    data_sha256=running.data_sha256,
+                )
             )  # fmt: skip
         about = {
             "speaks": format_speaks(own_release), "seen_round": seen.round, "seen_record": seen.record_sha256,
@@ -295,6 +302,8 @@ class SiteAgent:
             running.masked.store(header.round, header.attempt)
             cosignature = self._cosign(running, ledger, newest)
         else:
+            if newest != seen:
+                raise LedgerInvalid("expected records that this site has seen in the log, got a newer one")
             running.witness.verify_quorum(ledger[0])
             cosignature = b""
         state.see(newest)
@@ -491,7 +500,7 @@ class SiteAgent:
             adapted.write_vector(vector)
             return evaluation_units(
                 adapted, study, read_pairs(self.home.data), evaluation_plan_of(study), csprng,
-                split=section.split, data=self.home.data, cache=self.home.cache,
+                split=section.split, data=self.home.data,
             )  # fmt: skip
 
     def _tell(self, study: Study, round: int, stage: Stage, percent: int) -> None:

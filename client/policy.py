@@ -70,6 +70,8 @@ def verify_deadline(deadline_unix_s: float, *, now_unix_s: float) -> None:
 def extend_history(study: Study, records: Sequence[SignedRecord], seen: Seen) -> Seen:
     """Verify the records that the site has not seen yet, each on the one before; returns the new history."""
     records = [signed for signed in records if signed.record.round > seen.round]
+    if study.acceptance is None and any(signed.record.rolled_back_to for signed in records):
+        raise AdapterInvalid("acceptance: expected no rollback in a study without this section, got one")
     verify_chain(
         records,
         study=study.sha256,

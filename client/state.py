@@ -13,6 +13,7 @@ as secret as the data: seeds determine the noise.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,16 @@ class SiteState:
     def spool(self, header: Header, reply: bytes) -> None:
         """Durably store a reply before it is sent."""
         write_atomic(self._spool_path(header), reply, mode=0o600)
+
+    def stated_once(self, make: Callable[[], list[bytes]]) -> list[bytes]:
+        """Return what this site states of itself in the study: made at the first call, the same ever after.
+
+        Made afresh, a count at the edge of its bucket would show single patients come and go.
+        """
+        path = self._directory / "statements.jsonl"
+        if not path.is_file():
+            write_atomic(path, b"\n".join(make()), mode=0o600)
+        return path.read_bytes().split(b"\n")
 
     def keep_adapter(self, round: int, adapter: bytes) -> None:
         """Durably keep the adapter that a round starts from, to measure the next step by."""

@@ -93,7 +93,7 @@ def protect(study: Study, collected: Collected, *, round: int) -> Protected:
     noised = top_up(
         collected.units.view(np.int32)[trained], plan, server_randomness(study, round), survivors=survivors
     )
-    _verify_range(noised, sum_range(plan, dimension=noised.size, survivors=survivors))
+    verify_range(noised, sum_range(plan, dimension=noised.size, survivors=survivors))
     gradient = np.zeros(trained.size, np.float64)
     gradient[trained] = dequantise(noised, plan) / study.training.denominator
     return Protected(
@@ -116,7 +116,8 @@ def sum_range(plan: PrivacyPlan, *, dimension: int, survivors: int) -> SumRange:
     return SumRange(clips + 8 * sigma, clips + (math.sqrt(dimension) + 8) * sigma)
 
 
-def _verify_range(noised: npt.NDArray[np.int64], limit: SumRange) -> None:
+def verify_range(noised: npt.NDArray[np.int64], limit: SumRange) -> None:
+    """Raise SumOutOfRange for a noised sum, int64 in units, outside what honest sites reach."""
     largest = float(np.abs(noised).max(initial=0))
     norm = float(np.linalg.norm(noised.astype(np.float64)))
     for what, got, most in (

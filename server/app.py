@@ -22,6 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from common.canonical import canonical_json
 from common.config import Study
 from common.errors import CheckpointInvalid, FedRadError, QuorumNotReached, RoundFailed
+from common.evaluation_counts import evaluation_plan_of
 from common.files import write_atomic
 from common.identity import SigningKey, load_key
 from common.ledger.entries import Acceptance, AdapterDecision, Body, EndReason, Incident, Outcome, StudyEnd
@@ -99,6 +100,8 @@ def run_study(
     """
     with _opened(grid, directory, clock, judge) as run:
         verify_plan(run.study)
+        if run.study.federated_evaluation is not None:
+            evaluation_plan_of(run.study).verify_accounting()
         state = run.opened.load_state(_initial_adapter(run.opened))
         run.log.add_sealed(run.opened.round_entries())
         run.opened.log("started", round=state.round + 1, rounds=run.study.rounds, study=run.study.sha256)
@@ -310,7 +313,7 @@ def _evaluate(run: Run, state: StudyState) -> None:
     Failing does not fail the study: it is named in log and ledger, and the study ends without figures.
     """
     study, round = run.study, run.study.rounds
-    if study.federated_evaluation is None or run.log.evaluated:
+    if study.federated_evaluation is None or run.log.evaluated or run.log.ended:
         return
     try:
         if not run.histories:
@@ -322,6 +325,10 @@ def _evaluate(run: Run, state: StudyState) -> None:
             attempt = Attempt(run.opened, run.key, run.cohort, state, pending, run.log, run.clock)
             try:
                 collected = collect_masked(attempt, MaskingBook(run.opened.directory, study), {})
+                entry = evaluate_sum(
+                    study, collected, adapter=vector_sha256(state.adapter),
+                    spent=max((part.epsilon for part in attempt.statements.values()), default=0.0),
+                )  # fmt: skip
                 break
             except FedRadError as error:
                 run.opened.log("evaluation-failed", attempt=pending.attempt, reason=f"{error.code}: {error}")
@@ -331,7 +338,6 @@ def _evaluate(run: Run, state: StudyState) -> None:
         run.log.add(Incident(code="evaluation-failed", site="", number=state.round, detail=""))
         run.opened.clear_pending()
         return
-    entry = evaluate_sum(study, collected, adapter=vector_sha256(state.adapter))
     run.log.add(entry)
     run.opened.clear_pending()
     run.opened.log("evaluation", metrics=entry.metrics, studies=entry.studies)

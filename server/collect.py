@@ -9,6 +9,7 @@ sends the same again; at most one masked vector is in memory besides the sum.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,6 +56,8 @@ from server.round import (
 )
 from server.secagg import ServerRound, ServerStage
 from server.study_log import StudyLog, cosign_or_name
+
+log = logging.getLogger("fedrad.server")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,9 @@ class Attempt:
         """Read a contribution, keep the site's cosignature and statement; raises what parsing raises."""
         adapter = vector_sha256(self.state.adapter)
         contribution = parse_contribution(reply, site=site, form=form, adapter_sha256=adapter)
-        verify_statement(self.study, contribution.statement, self.pending, adapter_in=adapter)
+        verify_statement(
+            self.study, contribution.statement, self.pending, adapter_in=adapter, before=self.log.stated(site)
+        )
         if contribution.cosignature:
             cosign_or_name(self.log, site, contribution.cosignature)
         self.statements[site] = contribution.statement
@@ -346,12 +351,16 @@ def _take_uploads(
             following.accept_keys(parse_keys(bytes(newcomer)))
             return
         contribution = attempt.take(site, reply, form="masked")
+        units = parse_units(contribution.vector, length=total.size, site=site)  # before any state moves
         machine.announce(parse_upload(bytes(contribution.upload)))
         machine.start_adding(site)
-        machine.add(parse_units(contribution.vector, length=total.size, site=site), total)
+        machine.add(units, total)
         retained.keep(site, contribution)
         if contribution.keys and following.stage is ServerStage.KEYS:
-            following.accept_keys(parse_keys(bytes(contribution.keys)))
+            try:
+                following.accept_keys(parse_keys(bytes(contribution.keys)))
+            except FedRadError as error:  # costs the site the next round, not this one
+                log.warning("next keys of %s refused: %s: %s", site, error.code, error)
 
     openings = machine.openings()
     requests = {

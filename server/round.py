@@ -5,24 +5,28 @@ Nothing here talks to the network or the disk; `server/app.py` and `server/colle
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.canonical import sha256_hex
 from common.compatibility import agree, format_speaks, parse_speaks, running_release
-from common.config import Study
+from common.config import Mode, Study
 from common.deflate import deflate
 from common.errors import AdapterInvalid, EntryInvalid, EnvelopeMalformed
+from common.evaluation_counts import evaluation_plan_of
 from common.identity import SigningKey
 from common.ledger.entries import Outcome, Participation
 from common.ledger.statements import commit, make_round, parse_participation, verify_contribution
 from common.model.lora import vector_sha256, vector_to_bytes
+from common.privacy.mechanism import ServedRound, View
+from common.privacy.study_plan import plan_of
 from common.protocol import GENESIS, SERVER, Message, Stage, pack_body, seal_request, unpack_body
 from common.records import RoundRecord, SignedRecord, signed_to_json
 from common.schedule import active_groups, learning_rate
 from server.checkpoint import Pending, StudyState
-from server.study_log import WitnessOffer
+from server.study_log import Stated, WitnessOffer
 
 MAX_STATEMENTS_BYTES = 65_536
 
@@ -140,6 +144,8 @@ def parse_hello(reply: Message) -> Hello:
         fields={"speaks": dict, "seen_round": int, "seen_record": str, "seen_size": int},
         parts=2,
     )
+    if meta["seen_size"] < 0 or meta["seen_round"] < -1:
+        raise EnvelopeMalformed("hello: expected what was seen to be a round and a size, got less than none")
     version = agree(running_release(), parse_speaks(meta["speaks"]))
     if len(statements) > MAX_STATEMENTS_BYTES:
         raise EnvelopeMalformed(f"hello: expected statements of at most {MAX_STATEMENTS_BYTES} bytes")
@@ -153,8 +159,31 @@ def parse_witnessed(reply: Message) -> bytes:
     return bytes(line)
 
 
-def verify_statement(study: Study, stated: Participation, pending: Pending, *, adapter_in: str) -> None:
-    """Raise SignatureInvalid unless the site signed its statement for this very attempt and adapter."""
+def verify_statement(
+    study: Study, stated: Participation, pending: Pending, *, adapter_in: str, before: Stated
+) -> None:
+    """Refuse a statement that the study's audit would not let pass: the site then counts as missing.
+
+    before: what this site stated in the log so far. Raises SignatureInvalid unless the site signed it for
+    this very attempt and adapter, EntryInvalid for noise, ε or a commitment that cannot be.
+    """
+    evaluates = pending.round == study.rounds
+    sigma = low = high = 0.0
+    if study.privacy.mode is not Mode.PLAIN:
+        plan = evaluation_plan_of(study) if evaluates else plan_of(study)
+        charges = 1 if evaluates else before.statements + 1
+        sigma = plan.site_share_sigma_units
+        low = plan.epsilon(View.SITE, [ServedRound(None)] * charges)
+        high = plan.epsilon(View.SITE)
+    floor = low if evaluates else max(low, before.epsilon)
+    if not math.isclose(stated.sigma_units, sigma, rel_tol=1e-9):
+        raise EntryInvalid(f"statement of {stated.site}: expected noise of width {sigma:g}, got another")
+    if not floor * (1 - 1e-6) <= stated.epsilon <= high * (1 + 1e-6):
+        raise EntryInvalid(
+            f"statement of {stated.site}: expected a spent ε from {floor:.4f} to {high:.4f}, got another"
+        )
+    if stated.commitment in before.commitments:
+        raise EntryInvalid(f"statement of {stated.site}: expected a new commitment, got one again")
     record = make_round(
         study, number=pending.round, attempt=pending.attempt, outcome=Outcome.FAILED, adapter_in=adapter_in,
         cohort=[stated.site], code="", lockfile="",

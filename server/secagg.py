@@ -218,6 +218,7 @@ class ServerRound:
         site = self._adding
         verify_vector(total, length=self.terms.length)
         if (vector.shape, vector.dtype) != (total.shape, total.dtype) or not vector.flags.c_contiguous:
+            self._adding = None
             raise VectorInvalid(f"upload of {site}: expected {self.terms.length} uint32 values, got others")
         digests = self._uploads[site].chunk_digests
         pairs = list(zip(chunks(vector), chunks(total), digests, strict=True))

@@ -54,6 +54,15 @@ class WitnessOffer:
     proof: bytes
 
 
+@dataclass(frozen=True)
+class Stated:
+    """What a site stated in the log: how often, its highest ε, and the commitments of all sites."""
+
+    statements: int
+    epsilon: float
+    commitments: frozenset[str]
+
+
 class StudyLog:
     """The entries of one study, found again when the log is opened."""
 
@@ -70,11 +79,15 @@ class StudyLog:
         self._rounds: set[tuple[int, int]] = set()
         self._leaves: set[str] = set()
         self._stated: set[bytes] = set()
+        self._spent: dict[str, tuple[int, float]] = {}
+        self._commitments: set[str] = set()
         self._release_epsilon = 0.0
         self._ended = False
         self.evaluated = False
         for index, entry in enumerate(book.entries()):
             self._note_entry(index, entry)
+        if book.size:
+            book.checkpoint()  # a crash may have come between an append and its checkpoint
 
     @property
     def witnesses(self) -> tuple[VerifierKey, ...]:
@@ -158,6 +171,16 @@ class StudyLog:
         """
         if not self.has_attempt(record.number, record.attempt):
             self._append_entries([parse_entry(entry) for entry in self.seal([record, *incidents])])
+
+    def stated(self, site: str) -> Stated:
+        """Return what the log holds of a site's statements about its contributions."""
+        count, epsilon = self._spent.get(site, (0, 0.0))
+        return Stated(count, epsilon, frozenset(self._commitments))
+
+    @property
+    def ended(self) -> bool:
+        """Whether the study's end is in the log."""
+        return self._ended
 
     def has_attempt(self, number: int, attempt: int) -> bool:
         """Tell whether this attempt's outcome is in the log."""
@@ -296,6 +319,10 @@ class StudyLog:
             self._approved.add(body.site)
         elif isinstance(body, RoundRecord):
             self._rounds.add((body.number, body.attempt))
+            for part in body.participations:
+                count, epsilon = self._spent.get(part.site, (0, 0.0))
+                self._spent[part.site] = (count + 1, max(epsilon, part.epsilon))
+                self._commitments.add(part.commitment)
             if body.outcome is Outcome.RELEASED:
                 self._shown, self._release_epsilon = index, body.release_epsilon
         elif isinstance(body, Release):

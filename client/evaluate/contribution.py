@@ -16,9 +16,9 @@ import numpy.typing as npt
 from client.data.store import Pair
 from client.evaluate.federated import chosen_studies, site_contribution
 from client.evaluation import generate_reports
-from client.features import load_features
 from common.config import Study
-from common.errors import DataInsufficient
+from common.model.images import load_pixels
+from common.model.llava import vision_features
 from common.model.prompts import prompt_template
 from common.privacy.mechanism import PrivacyPlan
 from common.privacy.sampling import Csprng
@@ -36,29 +36,32 @@ def evaluation_units(
     *,
     split: str,
     data: Path,
-    cache: Path,
 ) -> npt.NDArray[np.uint32]:
     """Write, label, count, clip, sum and noise: uint32 [DIMENSION], to be masked.
 
-    The adapter's values are the model's own; a study's first image is read. Raises DataInsufficient.
+    The adapter's values are the model's own; a study's first image is read. A site without such a patient
+    sends its noise alone: that it has none is nobody's to know.
     """
     held = {pair.study: pair for pair in pairs if pair.split == split}
     patients: dict[str, list[str]] = {}
     for name, pair in held.items():
         patients.setdefault(pair.patient, []).append(name)
     chosen = chosen_studies(patients, plan, csprng)
-    names = sorted(name for studies in chosen.values() for name in studies)
-    if not names:
-        raise DataInsufficient(f"expected at least one study in split {split}, got none")
-    features = load_features(
-        adapted.model, [data / held[name].images[0] for name in names], base=adapted.directory,
-        base_files=study.base.files, cache=cache, progress=lambda what, done, total: None,
-    )  # fmt: skip
-    written = generate_reports(
-        adapted.model, adapted.tokenizer, features=features.rows(list(range(len(names)))),
-        indications=[held[name].indication for name in names],
-        max_new_tokens=study.training.max_new_tokens, template=prompt_template(adapted.directory),
-    )  # fmt: skip
-    drafts = dict(zip(names, written, strict=True))
-    references = {name: held[name].findings for name in names}
+    drafts = {
+        name: _draft(adapted, study, held[name], data=data) for studies in chosen.values() for name in studies
+    }
+    references = {name: held[name].findings for name in drafts}
     return site_contribution(chosen, drafts, references, plan, csprng).view(np.uint32)
+
+
+def _draft(adapted: AdaptedModel, study: Study, pair: Pair, *, data: Path) -> str:
+    """Write one study's draft by itself: in a batch, rounding would let one patient move another's."""
+    import torch
+
+    pixels = torch.from_numpy(load_pixels(data / pair.images[0], adapted.directory))[None]
+    (written,) = generate_reports(
+        adapted.model, adapted.tokenizer, features=vision_features(adapted.model, pixels).float(),
+        indications=[pair.indication], max_new_tokens=study.training.max_new_tokens,
+        template=prompt_template(adapted.directory),
+    )  # fmt: skip
+    return written

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from client.budget import Budget, Charge
 from client.evaluate.scores import finding_counts
 from common.canonical import canonical_json, sha256_hex
-from common.errors import DataInsufficient
 from common.evaluation_counts import DIMENSION, patient_vector
 from common.privacy.mechanism import PrivacyPlan, privatise
 from common.privacy.sampling import Csprng, studies_of
@@ -77,11 +76,8 @@ def site_contribution(
 ) -> NDArray[np.int32]:
     """Count, clip, sum, round, and add this site's noise: int32 [DIMENSION], ready to be masked.
 
-    `drafts` and `references` are by study. Raises DataInsufficient without a patient: a site that has none to
-    count takes no part.
+    `drafts` and `references` are by study. Without a patient it is the noise alone: a refusal would tell.
     """
-    if not chosen:
-        raise DataInsufficient("expected at least one patient to evaluate on, got none")
     total = np.zeros(DIMENSION)
     for patient in sorted(chosen):
         counts = [finding_counts(drafts[study], references[study]) for study in chosen[patient]]

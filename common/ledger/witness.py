@@ -153,15 +153,19 @@ class WitnessState:
         try:
             verify_extends(self._seen, new, request.proof if grows else ())
         except (LogForked, LogShrunk) as error:
-            raise type(error)(f"{error}; evidence: {self._keep_evidence(request).name}") from error
+            raise type(error)(f"{error}; evidence: {self._keep_evidence(request, error).name}") from error
         self._note = request.note
         self._seen = new
         write_atomic(self._path, format_note(self._note), mode=0o600)
         return new
 
-    def _keep_evidence(self, request: CosignRequest) -> Path:
-        """Write both signed heads; each alone is undeniable, together they show the operator's fault."""
-        path = self._path.with_name(f"{self._path.name}.fork")
+    def _keep_evidence(self, request: CosignRequest, error: LogForked | LogShrunk) -> Path:
+        """Write both signed heads; each alone is undeniable, together they show the operator's fault.
+
+        A smaller head may be an old one that was replayed: it goes to a file of its own, `.shrunk`.
+        """
+        ending = "fork" if isinstance(error, LogForked) else "shrunk"
+        path = self._path.with_name(f"{self._path.name}.{ending}")
         if not path.exists() and self._note is not None:
             both = format_note(self._note) + b"\n" + format_cosign_request(request)
             write_atomic(path, both, mode=0o600)

@@ -510,7 +510,7 @@ def test_a_shrunk_log_is_refused_and_named(masked: Tape, before: Before) -> None
     agent = before(masked, Stage.WITNESS, 2)
     request = masked.forge(Stage.WITNESS, 2, body=pack_body({}, parts_of(masked, 0)[2]))
     assert refusal_of(agent.handle(Stage.WITNESS, request)) == "LogShrunk"
-    assert list((agent.home.directory / "witness").glob("*.fork"))
+    assert list((agent.home.directory / "witness").glob("*.shrunk"))
 
 
 def test_nothing_is_revealed_without_the_quorum(masked: Tape, before: Before) -> None:
@@ -525,6 +525,31 @@ def test_an_unmasked_round_without_the_quorum_is_refused(plain: Tape, before: Be
     shown = showing(plain, 0, format_lines(parse_lines(shown_of(plain, 0)[1])[:1]))
     reply = before(plain, Stage.CONTRIBUTE, 0).handle(Stage.CONTRIBUTE, contribute(plain, 0, shown=shown))
     assert refusal_of(reply) == "QuorumNotReached"
+
+
+def test_an_unmasked_round_on_a_record_that_was_never_witnessed_is_refused(
+    plain: Tape, before: Before
+) -> None:
+    """The quorum's lines are of the head before; the record of round 0 is in no log this site has seen."""
+    agent = before(plain, Stage.WITNESS, 1)
+    shown = deflate(pack_body({"records": shown_of(plain, 1)[0]}, shown_of(plain, 0)[1]))
+    reply = agent.handle(Stage.CONTRIBUTE, contribute(plain, 1, shown=shown))
+    assert refusal_of(reply) == "LedgerInvalid"
+
+
+def test_what_a_site_states_of_itself_is_made_once(plain: Tape, before: Before, tmp_path: Path) -> None:
+    agent = before(plain, Stage.WITNESS, 1)
+    request = plain.forge(Stage.HELLO, 0, nonce="cd" * 16)
+    fields = {"speaks": dict, "seen_round": int, "seen_record": str, "seen_size": int}
+    first = unpack_body(body_of(agent.handle(Stage.HELLO, request)), fields=fields, parts=2)[1][1]
+    data = tmp_path / "fewer"
+    shutil.copytree(agent.home.data, data)
+    lines = (data / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (data / "pairs.jsonl").write_text("".join(lines[:-2]))
+    changed = SiteAgent(replace(agent.home, data=data), models=POOL, clock=Clock())
+    again = unpack_body(body_of(changed.handle(Stage.HELLO, request)), fields=fields, parts=2)[1][1]
+    changed.close()
+    assert bytes(first) == bytes(again)
 
 
 def test_a_site_states_what_it_sent_and_spent_under_its_own_key(masked: Tape) -> None:

@@ -136,6 +136,36 @@ def test_an_evaluation_that_fails_is_named_and_the_study_ends_without_figures(ma
     assert [event["attempt"] for event in events(world, "evaluation-failed")] == [1, 2]
 
 
+def test_a_failed_attempt_is_in_the_site_epsilon_that_the_ledger_states(make: Make) -> None:
+    world = make(max_attempts=2)
+    world.before = lambda to, header, request: (
+        None
+        if to in SITES[1:3] and header.round == 1 and header.stage is Stage.CONTRIBUTE and header.attempt == 1
+        else request
+    )
+    world.run()
+    (entry,) = [body for body in entries(world) if isinstance(body, Evaluation)]
+    home = world.agent("alpha").home
+    limits = BudgetLimits(epsilon=home.epsilon, delta=home.delta)
+    rows = {row.study: row for row in read_summary(home.budget_path, limits).studies}
+    spent = rows[evaluation_account(world.study.sha256)]
+    assert spent.charges == 2
+    assert entry.metrics["site_epsilon"] == pytest.approx(spent.epsilon_spent, abs=1e-5)
+
+
+def test_counts_that_no_honest_site_has_are_an_incident_not_a_figure(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import client.evaluate.contribution as contribution
+
+    world = make(max_attempts=1)
+    real = contribution.evaluation_units
+    monkeypatch.setattr(contribution, "evaluation_units", lambda *a, **k: real(*a, **k) + np.uint32(1 << 24))
+    world.run()
+    kinds = [type(body).__name__ for body in entries(world)]
+    assert "Evaluation" not in kinds and "Incident" in kinds
+
+
 def test_a_killed_server_takes_the_evaluation_up_and_sites_charge_once(make: Make) -> None:
     world = make()
 

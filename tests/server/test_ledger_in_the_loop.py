@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.canonical import sha256_hex
 from common.errors import RoundFailed
 from common.ledger.audit import verify_bundle
 from common.ledger.entries import AdapterDecision, Entry, Incident, RoundRecord
 from common.ledger.findings import Status
 from common.ledger.release_proof import trust_of
+from common.ledger.statements import commit, format_participation, parse_participation, sign_contribution
 from common.model.lora import vector_sha256
-from common.protocol import Header, Stage
+from common.protocol import Header, Kind, Stage, pack_body, seal, unpack_body
 from server.bundles import export_run
 from server.checkpoint import read_records
-from tests.simulator import SITES, Consortium, build
+from tests.simulator import SITES, Consortium, build, split_message
 
 Make = Callable[..., Consortium]
 SOFTWARE = "fedrad 0.1.0"
@@ -163,6 +166,125 @@ def test_a_site_that_states_keys_of_another_is_not_ready(make: Make, monkeypatch
     monkeypatch.setattr(client.agent, "statements", swapped)
     world.run()
     assert read_records(world.server)[0].record.contributors == ("alpha", "delta", "gamma")
+
+
+# --- one site that misbehaves ends nothing ------------------------------------------------------------------
+
+
+def altered(world: Consortium, site: str, stage: Stage, change: Callable[[bytes], bytes]) -> None:
+    """Have a site sign another body than its agent made, for one stage."""
+
+    def after(of: str, header: Header, reply: bytes) -> bytes:
+        if of != site or header.stage is not stage or header.kind is not Kind.REQUEST:
+            return reply
+        own, _, body = split_message(reply)
+        changed = change(body)
+        about = {"body_bytes": len(changed), "body_sha256": sha256_hex(changed)}
+        return seal(world.agent(site)._key, replace(own, **about), changed)
+
+    world.after = after
+
+
+def test_a_site_that_has_seen_less_than_nothing_is_not_ready_and_the_study_goes_on(make: Make) -> None:
+    world = make(mode="consortium", rounds=1)
+
+    def change(body: bytes) -> bytes:
+        fields = {"speaks": dict, "seen_round": int, "seen_record": str, "seen_size": int}
+        meta, parts = unpack_body(body, fields=fields, parts=2)
+        return pack_body({**meta, "seen_size": -5}, *parts)
+
+    altered(world, "delta", Stage.HELLO, change)
+    world.run()
+    assert read_records(world.server)[0].record.contributors == ("alpha", "beta", "gamma")
+
+
+def contribution_with(**parts: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+    names = ("upload", "keys", "cosignature", "statement", "commitment_key", "vector")
+
+    def change(body: bytes) -> bytes:
+        meta, found = unpack_body(body, fields={"adapter_sha256": str, "form": str}, parts=6)
+        new = [parts.get(name, bytes)(bytes(part)) for name, part in zip(names, found, strict=True)]
+        return pack_body(meta, *new)
+
+    return change
+
+
+def test_a_masked_vector_of_another_length_is_its_sites_loss_alone(make: Make) -> None:
+    world = make(mode="consortium", rounds=1)
+
+    def shorter(body: bytes) -> bytes:
+        meta, found = unpack_body(body, fields={"adapter_sha256": str, "form": str}, parts=6)
+        vector = bytes(found[5])[:-4]
+        stated = parse_participation(bytes(found[3]))
+        again = sign_contribution(
+            world.study, world.agent("alpha")._key, site="alpha", number=0, attempt=1,
+            adapter_in=meta["adapter_sha256"], commitment=commit(bytes(found[4]), vector),
+            sigma_units=stated.sigma_units, epsilon=stated.epsilon,
+        )  # fmt: skip
+        return pack_body(meta, *found[:3], format_participation(again), found[4], vector)
+
+    altered(world, "alpha", Stage.CONTRIBUTE, shorter)
+    world.run()
+    record = read_records(world.server)[0].record
+    assert record.contributors == ("beta", "delta", "gamma") and record.attempt == 1
+
+
+@pytest.mark.parametrize("stated", [{"sigma_units": 7.0}, {"epsilon": 1e8}, {"epsilon": 0.0}])
+def test_a_false_statement_is_its_sites_loss_and_the_audit_passes(
+    make: Make, stated: dict[str, float]
+) -> None:
+    world = make(mode="consortium", rounds=1)
+
+    def lying(body: bytes) -> bytes:
+        meta, found = unpack_body(body, fields={"adapter_sha256": str, "form": str}, parts=6)
+        true = parse_participation(bytes(found[3]))
+        told = {"sigma_units": true.sigma_units, "epsilon": true.epsilon} | stated
+        again = sign_contribution(
+            world.study, world.agent("delta")._key, site="delta", number=0, attempt=1,
+            adapter_in=meta["adapter_sha256"], commitment=true.commitment, **told,
+        )  # fmt: skip
+        return pack_body(meta, *found[:3], format_participation(again), *found[4:])
+
+    altered(world, "delta", Stage.CONTRIBUTE, lying)
+    world.run()
+    record = read_records(world.server)[0].record
+    assert record.contributors == ("alpha", "beta", "gamma")
+    assert record.missing == {"delta": "EntryInvalid"}
+    audited(world)
+
+
+def test_bad_keys_for_the_next_round_cost_the_next_round_not_this_one(make: Make) -> None:
+    world = make(mode="consortium", rounds=2)
+    altered(world, "delta", Stage.CONTRIBUTE, contribution_with(keys=lambda keys: keys and keys[:-1]))
+    world.run()
+    record = read_records(world.server)[0].record
+    assert "delta" in record.contributors and "delta" not in record.missing
+
+
+def test_a_kill_between_an_entry_and_its_checkpoint_loses_no_attempt(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from server.log import Log
+
+    world = make(mode="consortium", rounds=2)
+    real = Log.checkpoint
+
+    class Killed(BaseException):
+        pass
+
+    def dying(book: Log) -> Any:
+        kinds = [entry.kind for entry in book.entries()]
+        if kinds and kinds[-1] == "round":
+            raise Killed
+        return real(book)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "checkpoint", dying)
+        with pytest.raises(Killed):
+            world.run()
+    world.run()
+    assert [signed.record.attempt for signed in read_records(world.server)] == [1, 1]
+    audited(world)
 
 
 # --- acceptance and rollback --------------------------------------------------------------------------------

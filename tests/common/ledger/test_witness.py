@@ -107,7 +107,7 @@ def test_a_shrunk_log_is_named(tmp_path: Path) -> None:
     witness(state, request(HONEST, 0, 8))
     with pytest.raises(LogShrunk, match="saw a tree of 8 leaves, now shown one of 5"):
         witness(state, request(HONEST, 0, 5))
-    assert (tmp_path / "witness.fork").exists()
+    assert (tmp_path / "witness.shrunk").exists() and not (tmp_path / "witness.fork").exists()
 
 
 def test_a_dropped_entry_is_a_fork(tmp_path: Path) -> None:
