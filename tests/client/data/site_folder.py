@@ -22,9 +22,8 @@ def radiograph(seed: int, *, side: int = 128) -> Image.Image:
     """Draw two dark lungs with random ribs, shadows and noise on a bright body."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[0:side, 0:side] / side
-    image = (
-        0.7 + 0.1 * generator.standard_normal() * (y - 0.5) + 0.15 * (y > 0.8) + 0.15 * (abs(x - 0.5) < 0.08)
-    )
+    image = 0.7 + 0.1 * generator.standard_normal() * (y - 0.5) + 0.15 * (y > 0.8)
+    image = image + 0.2 * np.exp(-(((x - 0.5) / 0.09) ** 2))
     for centre in (0.3, 0.7):
         dx, dy = generator.normal(0, 0.03, 2)
         lung = ((x - centre - dx) / 0.16) ** 2 + ((y - 0.45 - dy) / 0.32) ** 2 < 1
