@@ -1,4 +1,4 @@
-"""`fedrad-site data`: import, check, show, drop and receive.
+"""`fedrad-site data`: import, check, show, drop, receive, instruct and convert.
 
 Every command prints one JSON document on stdout with `--json`, progress on stderr, and ends with 0 (done),
 1 (refused, one line) or 2 (usage). Nothing here decides anything about data.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from client.data.console import Json, progress_bars
+from client.data.instruct_cli import convert, instruct
 from common.errors import FedRadError
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Turn a hospital's images and reports into clean, de-identified pairs.", no_args_is_help=True
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 @app.callback()
@@ -120,7 +118,7 @@ def import_(
         labels=labels,
         workers=workers or os.cpu_count() or 1,
     )
-    with _progress() as progress:
+    with progress_bars() as progress:
         run = preview_import if dry_run else import_studies
         summary = run(plan, read_source, progress=progress)
     _print_summary(summary, dry_run=dry_run, as_json=json_)
@@ -137,7 +135,7 @@ def check(
 
     from client.data.check import check_dataset
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         problems = check_dataset(directory, writing=writing, progress=progress)
     if json_:
         print(json.dumps({"ok": not problems, "problems": [asdict(problem) for problem in problems]}))
@@ -246,78 +244,8 @@ def receive(
     print(json.dumps(counts) if json_ else ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
-@app.command()
-def instruct(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data folder.")],
-    out: Annotated[Path, typer.Option("--out", help="File to write.")],
-    format_: Annotated[str, typer.Option("--format", help="llava, llava-rad, vqa-rad or pefomed.")] = "llava",
-    endpoint: Annotated[str, typer.Option("--endpoint", help="OpenAI-compatible URL on this machine.")] = "",
-    model: Annotated[str, typer.Option("--model", help="Model name at the endpoint.")] = "",
-    json_: Json = False,
-) -> None:
-    """Make questions and answers from the reports, by rules or with a local model."""
-    from client.data.converters import FORMATTERS
-    from client.data.instructions import instructions, local_endpoint, model_instruction
-    from client.data.store import read_pairs
-    from common.errors import InstructionRefused
-    from common.files import write_atomic
-
-    if format_ not in FORMATTERS:
-        raise typer.BadParameter(f"expected one of {', '.join(FORMATTERS)}", param_hint="--format")
-    if bool(endpoint) != bool(model):
-        raise typer.BadParameter("expected --endpoint and --model together")
-    pairs = read_pairs(directory)
-    samples, refused = list(instructions(pairs)), 0
-    if endpoint:
-        ask = local_endpoint(endpoint, model)
-        with _progress() as progress:
-            for number, pair in enumerate(pairs, start=1):
-                try:
-                    samples.append(model_instruction(pair, ask, model=model))
-                except InstructionRefused:
-                    refused += 1
-                progress("ask", number, len(pairs))
-    write_atomic(out, FORMATTERS[format_](samples).encode("utf-8"), mode=0o600)
-    counts = {"samples": len(samples), "refused": refused, "file": str(out)}
-    print(json.dumps(counts) if json_ else ", ".join(f"{name} {value}" for name, value in counts.items()))
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="File of instruction samples.")],
-    out: Annotated[Path, typer.Option("--out", help="File to write.")],
-    from_: Annotated[str, typer.Option("--from", help="llava, llava-rad, vqa-rad or pefomed.")],
-    to: Annotated[str, typer.Option("--to", help="llava, llava-rad, vqa-rad or pefomed.")],
-    clean: Annotated[
-        bool, typer.Option("--clean/--no-clean", help="Remove identifiers; leave out what names a report.")
-    ] = True,
-    json_: Json = False,
-) -> None:
-    """Convert instruction samples between file formats; images are named, not copied."""
-    from dataclasses import replace
-
-    from client.data.converters import FORMATTERS, PARSERS
-    from client.data.instructions import clean_turn
-    from common.errors import InstructionRefused
-    from common.files import write_atomic
-
-    for name, option in ((from_, "--from"), (to, "--to")):
-        if name not in PARSERS:
-            raise typer.BadParameter(f"expected one of {', '.join(PARSERS)}", param_hint=option)
-    try:
-        samples = PARSERS[from_](source.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InstructionRefused(f"cannot read {source}: {type(error).__name__}") from error
-    kept = []
-    for sample in samples:
-        try:
-            turns = tuple(clean_turn(turn) for turn in sample.turns) if clean else sample.turns
-        except InstructionRefused:
-            continue
-        kept.append(replace(sample, turns=turns))
-    write_atomic(out, FORMATTERS[to](kept).encode("utf-8"), mode=0o600)
-    counts = {"samples": len(kept), "refused": len(samples) - len(kept), "file": str(out)}
-    print(json.dumps(counts) if json_ else ", ".join(f"{name} {value}" for name, value in counts.items()))
+app.command()(instruct)
+app.command()(convert)
 
 
 def withdrawn_list(key: Path) -> Path:
@@ -342,23 +270,6 @@ def _reader(name: str, source: Path) -> tuple[str, Reader]:
     if name not in FORMATS:
         raise typer.BadParameter(f"expected auto or one of {', '.join(FORMATS)}", param_hint="--format")
     return name, reader_of(name)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield advance
 
 
 def _print_summary(summary: ImportSummary, *, dry_run: bool, as_json: bool) -> None:
