@@ -435,6 +435,8 @@ class SiteAgent:
         return data
 
     def _open_budget(self) -> Budget:
+        if self._budget is not None and not self._budget.usable:
+            self.close()
         if self._budget is None:
             limits = BudgetLimits(epsilon=self.home.epsilon, delta=self.home.delta)
             self._budget = Budget.open(self.home.budget_path, limits)

@@ -178,6 +178,11 @@ class Budget:
         self.close()
 
     @property
+    def usable(self) -> bool:
+        """Whether it can be charged; one whose write failed must be opened again."""
+        return not self._broken
+
+    @property
     def head(self) -> str:
         """SHA-256 of the last line: names the whole ledger."""
         return self._head

@@ -57,6 +57,7 @@ from server.study_log import StudyLog, cosign_or_name
 log = logging.getLogger("fedrad.server")
 app = ServerApp()
 Clock = Callable[[], float]
+_LAST_CALLS = 3
 INCIDENTS = {"SumOutOfRange": "sum-out-of-range", "SecretWrong": "wrong-secret", "ShareWrong": "wrong-share"}
 
 
@@ -255,6 +256,7 @@ def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
         run.approvals, statements=[s for site in sorted(run.statements) for s in run.statements[site]],
         code=run.code, lockfile=run.lockfile, software=software(),
     )  # fmt: skip
+    run.log.announce_software(code=run.code, lockfile=run.lockfile, number=min(round, study.rounds))
     ready = [site for site in present if site in run.histories]
     if attempt == 1 and study.masked and study.cohort.max_attempts > 1:
         prepared = MaskingBook(run.opened.directory, study).prepared(round)
@@ -344,7 +346,7 @@ def _evaluate(run: Run, state: StudyState) -> None:
 
 
 def _finish(run: Run, state: StudyState) -> None:
-    """Log the end, show every reachable site the last records, and have the whole log witnessed."""
+    """Log the end and have the whole log witnessed; sites that are not there are asked some times more."""
     adapter = vector_sha256(state.adapter)
     run.log.add(
         StudyEnd(
@@ -352,12 +354,30 @@ def _finish(run: Run, state: StudyState) -> None:
             release_epsilon=run.log.release_epsilon,
         )
     )  # fmt: skip
-    present = run.cohort.present(wait_s=min(60.0, run.study.cohort.deadline_s), at_least=1)
+    shown: set[str] = set()
+    for call in range(1, _LAST_CALLS + 1):
+        _show_the_end(run, state, shown)
+        try:
+            run.log.witnessed()
+            break
+        except QuorumNotReached as error:
+            if call < _LAST_CALLS:
+                continue
+            run.opened.log("end-not-witnessed", reason=str(error))
+            log.warning("the log's end is not witnessed yet: %s; run the study again to ask once more", error)
+    run.opened.log("finished", rounds=run.study.rounds, adapter=adapter)
+
+
+def _show_the_end(run: Run, state: StudyState, shown: set[str]) -> None:
+    """Show the last records to each site that has not seen them, and let it cosign; waits up to a minute."""
+    sites = run.study.site_ids
+    present = run.cohort.present(wait_s=min(60.0, run.study.cohort.deadline_s), at_least=len(sites))
     unknown = [site for site in present if site not in run.histories]
     _greet(run, unknown, train=False, until_unix_s=run.patience())
 
     def accept(site: str, reply: Message) -> None:
         cosign_or_name(run.log, site, parse_witnessed(reply))
+        shown.add(site)
 
     requests = {
         site: witness_request(
@@ -365,17 +385,12 @@ def _finish(run: Run, state: StudyState) -> None:
             run.log.offer(run.log.sizes.get(site, 0)),
         )
         for site in present
-        if site in run.histories
+        if site in run.histories and site not in shown
     }  # fmt: skip
     outcome = run.cohort.exchange(requests, accept=accept, until_unix_s=run.patience())
     for site, reason in sorted(outcome.missing.items()):
         run.opened.log("finish-not-acknowledged", site=site, reason=reason)
-    try:
-        run.log.witnessed()
-    except QuorumNotReached as error:
-        run.opened.log("end-not-witnessed", reason=str(error))
-        log.warning("the log's end is not witnessed yet: %s; run the study again to ask once more", error)
-    run.opened.log("finished", rounds=run.study.rounds, adapter=adapter)
+        run.histories.pop(site, None)  # asked again where it stands
 
 
 def _initial_adapter(opened: StudyDirectory) -> Vector:

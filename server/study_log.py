@@ -19,6 +19,7 @@ from common.ledger.checkpoint import format_ledger_proof, verify_quorum, witness
 from common.ledger.entries import (
     NO_STUDY,
     OPERATOR,
+    SOFTWARE_CHANGED,
     Approval,
     Body,
     DataUse,
@@ -79,6 +80,7 @@ class StudyLog:
         self._rounds: set[tuple[int, int]] = set()
         self._leaves: set[str] = set()
         self._stated: set[bytes] = set()
+        self._software = ("", "")
         self._spent: dict[str, tuple[int, float]] = {}
         self._commitments: set[str] = set()
         self._release_epsilon = 0.0
@@ -123,6 +125,12 @@ class StudyLog:
                 bodies.append(Approval(site=site, decision=approve, policy="", signature=signature.hex()))
         self._append(bodies)
         self._append_entries([self._dated(e) for e in new.values() if isinstance(e.body, DataUse)])
+
+    def announce_software(self, *, code: str, lockfile: str, number: int) -> None:
+        """Log that other software runs from this round on, where it is not the last one logged."""
+        if self._software not in (("", ""), (code, lockfile)):
+            self._append([Incident(code=SOFTWARE_CHANGED, site="", number=number, detail="")])
+        self._software = (code, lockfile)
 
     def verify_approval(self, site: str, signature: bytes) -> None:
         """Raise SignatureInvalid unless the site signed this study's manifest."""
@@ -314,11 +322,12 @@ class StudyLog:
             return
         self._leaves.add(sha256_hex(self._book.leaf(index)))
         if isinstance(body, StudyOpened):
-            self._shown = index
+            self._shown, self._software = index, (body.code, body.lockfile)
         elif isinstance(body, Approval):
             self._approved.add(body.site)
         elif isinstance(body, RoundRecord):
             self._rounds.add((body.number, body.attempt))
+            self._software = (body.code, body.lockfile)
             for part in body.participations:
                 count, epsilon = self._spent.get(part.site, (0, 0.0))
                 self._spent[part.site] = (count + 1, max(epsilon, part.epsilon))

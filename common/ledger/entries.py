@@ -23,6 +23,7 @@ VERSION = 1
 MAX_ENTRY_BYTES = 5 << 20
 OPERATOR = "operator"
 NO_STUDY = "0" * 64
+SOFTWARE_CHANGED = "software-changed"  # an incident: the server was upgraded between two rounds
 BUCKETS = (
     "<10", "10-19", "20-49", "50-99", "100-199", "200-499", "500-999", "1000-1999", "2000-4999",
     "5000-9999", "10000-19999", "20000-49999", "50000-99999", "100000+",

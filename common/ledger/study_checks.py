@@ -8,6 +8,7 @@ from common.config import Mode
 from common.errors import FedRadError
 from common.ledger.case import Case, StudyCase
 from common.ledger.entries import (
+    SOFTWARE_CHANGED,
     Acceptance,
     AdapterDecision,
     Incident,
@@ -160,21 +161,35 @@ def check_mechanism(study: StudyCase) -> Finding:
 
 
 def check_code(study: StudyCase) -> Finding:
-    """Code and lockfile hashes of every round are those that the study was opened with."""
-    problems = [
-        Problem(f"round {record.number}: other {what} than the study was opened with", f"entry {index}")
-        for index, record in study.rounds
-        for what, got, expected in (
-            ("code", record.code, study.opened.code),
-            ("dependencies", record.lockfile, study.opened.lockfile),
-        )
-        if got != expected
-    ]
+    """Code and lockfile hashes of every round are those that the study was opened with, or announced later.
+
+    A change that an incident announced before the round is no failure, but what the new code does is not
+    checkable from here.
+    """
+    problems, changes, announced = Problems(), [], False
+    code, lockfile = study.opened.code, study.opened.lockfile
+    for index, entry in study.entries:
+        body = entry.body
+        if isinstance(body, Incident) and body.code == SOFTWARE_CHANGED:
+            announced = True
+        if not isinstance(body, RoundRecord):
+            continue
+        if announced and (body.code, body.lockfile) != (code, lockfile):
+            code, lockfile = body.code, body.lockfile
+            changes.append(f"entry {index}")
+        announced = False
+        for what, got, expected in (("code", body.code, code), ("dependencies", body.lockfile, lockfile)):
+            if got != expected:
+                problems.add(
+                    f"round {body.number}: other {what} than the study was opened with", f"entry {index}"
+                )
+    unchecked = f"the software changed between rounds, as announced: {', '.join(changes)}" if changes else ""
     return conclude(
         "code",
         problems,
         passed=f"code {study.opened.code[:16]}… and lockfile {study.opened.lockfile[:16]}… throughout",
-        evidence=(f"entry {study.index}",),
+        unchecked=unchecked,
+        evidence=(f"entry {study.index}", *changes),
         study=study.sha256,
     )
 

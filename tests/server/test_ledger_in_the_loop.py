@@ -261,6 +261,33 @@ def test_bad_keys_for_the_next_round_cost_the_next_round_not_this_one(make: Make
     assert "delta" in record.contributors and "delta" not in record.missing
 
 
+def test_an_upgrade_between_rounds_is_announced_and_fails_no_audit(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import server.app
+
+    world = make(mode="plain", rounds=2)
+
+    class Killed(BaseException):
+        pass
+
+    def before(to: str, header: Header, request: bytes) -> bytes:
+        if header.round == 1:
+            raise Killed
+        return request
+
+    world.before = before
+    with pytest.raises(Killed):
+        world.run()
+    (world.server / "pending.json").unlink(missing_ok=True)
+    world.before = lambda to, header, request: request
+    monkeypatch.setattr(server.app, "code_sha256", lambda: "ab" * 32)
+    world.run()
+    assert audited(world)["code"] is Status.NOT_CHECKABLE
+    codes = [entry.body.code for entry in entries(world) if isinstance(entry.body, Incident)]
+    assert codes == ["software-changed"]
+
+
 def test_a_kill_between_an_entry_and_its_checkpoint_loses_no_attempt(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
