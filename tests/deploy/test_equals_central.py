@@ -98,7 +98,8 @@ def draws_of(study: Study, site: str, round: int) -> list[list[Pair]]:
     assert study.testing is not None
     text = f"fedrad test draw|{study.testing.seed}|{site}|{round}"
     csprng = Csprng(hashlib.sha256(text.encode()).digest(), seeded_for_test=True)
-    pairs = sorted(read_pairs(data_folder() / site), key=lambda pair: (pair.patient, pair.study))
+    held = [pair for pair in read_pairs(data_folder() / site) if pair.split == "train"]
+    pairs = sorted(held, key=lambda pair: (pair.patient, pair.study))
     drawn = []
     for patient in poisson_sample(csprng, sorted({p.patient for p in pairs}), study.training.sampling_rate):
         rows = [str(row) for row, pair in enumerate(pairs) if pair.patient == patient]

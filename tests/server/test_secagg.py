@@ -232,8 +232,11 @@ def test_arrays_of_another_shape_are_refused() -> None:
         round.server.add(round.masked[ME], np.zeros(6, np.uint32))
     with pytest.raises(VectorInvalid):
         round.server.add(round.masked[ME][:3], round.total)
+    round.server.start_adding(ME)  # a wrong shape keeps nobody from being added after it
     with pytest.raises(VectorInvalid):
         round.server.add(np.repeat(round.masked[ME], 2)[::2], round.total)
+    round.server.start_adding(ME)
+    round.server.add(round.masked[ME], round.total)
 
 
 # --- reveals -----------------------------------------------------------------------------------------------
