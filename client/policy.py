@@ -19,6 +19,8 @@ from common.errors import (
     PreviousStateMismatch,
     RoundAlreadyServed,
     RoundLimitReached,
+    SiteNotInStudy,
+    SiteRepeated,
     StepTooLarge,
     WrongRound,
 )
@@ -31,9 +33,9 @@ def verify_cohort(study: Study, cohort: Sequence[str], *, site: str) -> None:
     """Refuse a cohort below the floor, with an unknown or doubled site, or without this one."""
     unknown = [site for site in cohort if site not in study.site_ids]
     if unknown:
-        raise CohortTooSmall(f"cohort.site: expected sites of the manifest, got {unknown[0]!r}")
+        raise SiteNotInStudy(f"cohort.site: expected sites of the manifest, got {unknown[0]!r}")
     if len(set(cohort)) != len(cohort):
-        raise CohortTooSmall("cohort: expected each site once, got one twice")
+        raise SiteRepeated("cohort: expected each site once, got one twice")
     if site not in cohort:
         raise CohortTooSmall(f"cohort: expected this site ({site}) in it, got {', '.join(cohort)}")
     if len(cohort) < study.cohort.min_sites:

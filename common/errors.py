@@ -156,7 +156,15 @@ class RoundAlreadyServed(FedRadError):
 
 
 class CohortTooSmall(FedRadError):
-    """A round's cohort is below the manifest's floor or names a site twice or an unknown one."""
+    """A round's cohort is below the manifest's floor, or not the one it has to be."""
+
+
+class SiteRepeated(CohortTooSmall):
+    """A round's cohort names a site twice."""
+
+
+class SiteNotInStudy(CohortTooSmall):
+    """A round's cohort names a site that the manifest does not."""
 
 
 class RoundLimitReached(FedRadError):

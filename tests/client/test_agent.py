@@ -332,23 +332,23 @@ def test_an_adapter_with_a_value_that_is_no_number_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("what", "cohort"),
+    ("error", "cohort"),
     [
-        ("below the floor", ["alpha", "beta"]),
-        ("a site twice", ["alpha", "beta", "beta"]),
-        ("an unknown site", ["alpha", "beta", "mallory"]),
-        ("this site missing", ["beta", "delta", "gamma"]),
-        ("nobody", []),
-        ("not names", [1, 2, 3]),
-        ("not even that", ["alpha", ["beta"], {}]),
+        ("CohortTooSmall", ["alpha", "beta"]),
+        ("SiteRepeated", ["alpha", "beta", "beta"]),
+        ("SiteNotInStudy", ["alpha", "beta", "mallory"]),
+        ("CohortTooSmall", ["beta", "delta", "gamma"]),
+        ("CohortTooSmall", []),
+        ("SiteNotInStudy", [1, 2, 3]),
+        ("SiteNotInStudy", ["alpha", ["beta"], {}]),
     ],
 )
 def test_a_cohort_that_the_manifest_does_not_allow_is_refused(
-    plain: Tape, before: Before, what: str, cohort: list[Any]
+    plain: Tape, before: Before, error: str, cohort: list[Any]
 ) -> None:
     agent = before(plain, Stage.CONTRIBUTE, 0)
     reply = agent.handle(Stage.CONTRIBUTE, contribute(plain, 0, cohort=cohort))
-    assert refusal_of(reply) == "CohortTooSmall", what
+    assert refusal_of(reply) == error
 
 
 def test_the_same_request_twice_gives_the_same_bytes(plain: Tape, before: Before) -> None:
