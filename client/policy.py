@@ -14,13 +14,13 @@ from client.state import Seen
 from common.config import Study
 from common.errors import (
     AdapterInvalid,
+    CohortRepeatsSite,
     CohortTooSmall,
     DeadlinePassed,
     PreviousStateMismatch,
     RoundAlreadyServed,
     RoundLimitReached,
     SiteNotInStudy,
-    SiteRepeated,
     StepTooLarge,
     WrongRound,
 )
@@ -35,7 +35,7 @@ def verify_cohort(study: Study, cohort: Sequence[str], *, site: str) -> None:
     if unknown:
         raise SiteNotInStudy(f"cohort.site: expected sites of the manifest, got {unknown[0]!r}")
     if len(set(cohort)) != len(cohort):
-        raise SiteRepeated("cohort: expected each site once, got one twice")
+        raise CohortRepeatsSite("cohort: expected each site once, got one twice")
     if site not in cohort:
         raise CohortTooSmall(f"cohort: expected this site ({site}) in it, got {', '.join(cohort)}")
     if len(cohort) < study.cohort.min_sites:

@@ -159,7 +159,7 @@ class CohortTooSmall(FedRadError):
     """A round's cohort is below the manifest's floor, or not the one it has to be."""
 
 
-class SiteRepeated(CohortTooSmall):
+class CohortRepeatsSite(CohortTooSmall):
     """A round's cohort names a site twice."""
 
 

@@ -335,7 +335,7 @@ def test_an_adapter_with_a_value_that_is_no_number_is_refused(
     ("error", "cohort"),
     [
         ("CohortTooSmall", ["alpha", "beta"]),
-        ("SiteRepeated", ["alpha", "beta", "beta"]),
+        ("CohortRepeatsSite", ["alpha", "beta", "beta"]),
         ("SiteNotInStudy", ["alpha", "beta", "mallory"]),
         ("CohortTooSmall", ["beta", "delta", "gamma"]),
         ("CohortTooSmall", []),
