@@ -141,9 +141,7 @@ def test_an_answer_is_noise_and_counts_together(usual: PrivacyPlan) -> None:
     spread = np.std([a.astype(np.float64) for a in answers], axis=0)
     assert 0.8 < spread.mean() / usual.site_share_sigma_units < 1.2
     assert np.array_equal(answers[0], answer(site, usual, Csprng.for_test(0)))
-    nobody = site_contribution(
-        {}, {}, {}, usual, Csprng.for_test(1)
-    )  # a refusal would tell
+    nobody = site_contribution({}, {}, {}, usual, Csprng.for_test(1))  # a refusal would tell
     assert 0.5 < nobody.astype(np.float64).std() / usual.site_share_sigma_units < 1.6
 
 
