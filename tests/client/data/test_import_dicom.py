@@ -166,3 +166,42 @@ def test_unusual_files_come_out_de_identified_too(tmp_path: Path) -> None:
         assert again.PatientIdentityRemoved == "YES"
         assert not [element for element in again if element.tag.group == 0x6000]
         assert np.ptp(again.pixel_array) > 0
+
+
+def words_of(dataset: Any) -> set[str]:
+    """Collect the words of every element at every depth but pixels, lower case."""
+    found: set[str] = set()
+    for element in dataset:
+        if element.VR == "SQ":
+            for item in element.value:
+                found |= words_of(item)
+        elif element.keyword != "PixelData":
+            found |= set(re.findall(r"[^\W_]+", str(element.value).lower()))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_thousand_headers_hold_no_planted_identifier(tmp_path: Path) -> None:
+    import pydicom
+
+    studies = make_export(tmp_path / "export", 1000, seed=12, side=96)
+    run_import(
+        tmp_path / "export", tmp_path / "out", "--no-check-writing", "--no-check-chest", "--with-dicom"
+    )
+    key = load_key(tmp_path / "test.key")
+    planted = kept = 0
+    for study in studies:
+        name = study_pseudonym(key, study.accession)
+        for path in (tmp_path / "out/dicom" / name[1:3]).glob(f"{name}-*.dcm"):
+            kept += 1
+            words = words_of(pydicom.dcmread(path))
+            secrets = (
+                *(study.patient_id, study.accession, study.birth, study.date, study.family, study.given),
+                *study.physician.split("^"),
+                *("northvale", "infirmary", "elm", "synthetic"),
+            )
+            planted += len(secrets)
+            assert not words & {secret.lower() for secret in secrets}
+    assert kept >= 990
+    print(f"{kept} files, {planted} identifiers planted in headers, none left")
