@@ -133,16 +133,20 @@ class SimulatedGrid:
         self._world = world
         self._replies: dict[str, Message] = {}
         self._next = 0
+        self._looked = False
         self.nodes = {number: site for number, site in enumerate(sorted(world.study.site_ids), start=101)}
 
     def get_node_ids(self) -> list[int]:
-        if self._world.away:
+        if self._world.away or self._looked:  # whoever looks twice without asking anybody is waiting
             self._world.clock.now += WAIT_S
+        self._looked = True
         return [node for node, site in self.nodes.items() if site not in self._world.away]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
         for message in messages:
+            content: Any = message.content
+            self._looked = self._looked and content[RECORD]["stage"] == "whoami"
             self._next += 1
             message_id = f"m{self._next}"
             message.metadata.__dict__["_message_id"] = message_id
