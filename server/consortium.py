@@ -28,11 +28,11 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from common.certificates import Authority
 from common.errors import ConsortiumInvalid
 from common.files import write_atomic
 from common.identity import SigningKey, load_key, load_or_create_key
 from server.authority import (
-    Authority,
     create_authority,
     open_authority,
     read_certificate,

@@ -20,6 +20,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from common.certificates import Authority
 from common.ec_keys import key_sha256, load_csr, load_node_key
 from common.enrolment import (
     Bundle,
@@ -47,7 +48,6 @@ from common.ledger.entries import (
 )
 from common.ledger.fields import build, hex64, plain, ranged, site_id, text
 from common.ledger.statements import sign_entry, verify_entry_signature
-from server.authority import Authority
 from server.consortium import ServerHome
 from server.log import Log
 

@@ -16,6 +16,7 @@ from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from common.certificates import Authority
 from common.enrolment import (
     MAX_REQUEST_BYTES,
     Ask,
@@ -25,7 +26,6 @@ from common.enrolment import (
     verify_site_request,
 )
 from common.errors import ClockSkewed, EnrolmentInvalid, FedRadError
-from server.authority import Authority
 from server.consortium import ServerHome
 from server.enrolment import approved_site, renew
 from server.submission import offered_studies, record_approval, withdraw_approval

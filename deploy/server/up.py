@@ -29,6 +29,7 @@ from pathlib import Path
 import httpx
 
 import deploy
+from common.certificates import Authority
 from common.errors import ConsortiumInvalid, EngineFailed, FedRadError
 from common.files import write_atomic
 from common.logs import start_json_log
@@ -40,7 +41,6 @@ from deploy.proxy.render import Door, KnownNode, caddy_configuration, nginx_conf
 from deploy.server.endpoint import SiteEndpoint
 from deploy.server.runs import StudyRuns
 from deploy.supervision import Bearing, Program, Supervisor, supervisor
-from server.authority import Authority
 from server.consortium import ServerHome, renew_server_certificate, utc_now
 from server.enrolment import RegisteredSite, SiteState, read_sites, refresh_crl
 from server.submission import broken_studies

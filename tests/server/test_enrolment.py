@@ -10,6 +10,7 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from common.certificates import Authority
 from common.ec_keys import make_csr
 from common.enrolment import (
     PresentKeys,
@@ -30,7 +31,6 @@ from common.ledger.entries import RevocationReason
 from common.ledger.export import export_bundle
 from common.ledger.findings import Status
 from server.authority import (
-    Authority,
     create_authority,
     open_authority,
     read_certificate,
