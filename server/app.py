@@ -27,7 +27,6 @@ from common.files import write_atomic
 from common.identity import SigningKey, load_key
 from common.ledger.entries import Acceptance, AdapterDecision, Body, EndReason, Incident, Outcome, StudyEnd
 from common.ledger.entries import RoundRecord as LoggedRound
-from common.ledger.release_proof import origin_of
 from common.ledger.sbom import code_sha256, dependencies_sha256, software
 from common.ledger.statements import make_round
 from common.model.lora import Vector, read_adapter, vector_sha256, vector_size
@@ -37,12 +36,10 @@ from common.records import RoundRecord, SignedRecord, sign_record
 from common.schedule import active_groups, learning_rate
 from server.acceptance import Judge, Verdict, decide, due, open_judge
 from server.aggregation import Collected, Protected, protect, release_epsilon
-from server.bundles import LEDGER_NAME
 from server.checkpoint import Pending, StudyDirectory, StudyState
 from server.cohort import Cohort
 from server.collect import Attempt, MaskingBook, Retained, collect_direct, collect_masked, witness_first
 from server.evaluation import evaluate_sum
-from server.log import Log
 from server.optimizer import take_step
 from server.round import (
     hello_request,
@@ -52,7 +49,7 @@ from server.round import (
     plan_attempt,
     witness_request,
 )
-from server.study_log import StudyLog, cosign_or_name
+from server.study_log import StudyLog, cosign_or_name, open_study_log
 
 log = logging.getLogger("fedrad.server")
 app = ServerApp()
@@ -118,15 +115,14 @@ def run_study(
 @contextlib.contextmanager
 def _opened(grid: Grid, directory: Path, clock: Clock, judge: Judge | None) -> Iterator[Run]:
     """Hold the study directory and its log for this process; load what the acceptance test needs."""
-    with contextlib.closing(StudyDirectory(directory, clock=clock)) as opened:
-        study, key = opened.study, load_key(opened.key_path)
+    with open_study_log(directory, clock=clock) as (opened, book):
+        study = opened.study
         if study.acceptance is not None and judge is None:
             judge = open_judge(directory, study)
-        with Log(directory / LEDGER_NAME, origin=origin_of(study), private_key=key.private) as book:
-            yield Run(
-                opened, key, Cohort(grid, study, clock=clock), StudyLog(book, study, key, clock=clock), clock,
-                code_sha256(), dependencies_sha256(), judge,
-            )  # fmt: skip
+        yield Run(
+            opened, load_key(opened.key_path), Cohort(grid, study, clock=clock), book, clock, code_sha256(),
+            dependencies_sha256(), judge,
+        )  # fmt: skip
 
 
 def _run_round(run: Run, state: StudyState) -> StudyState:
@@ -189,14 +185,13 @@ def _judged(run: Run, before: StudyState, after: StudyState) -> tuple[StudyState
     acceptance = run.study.acceptance
     if acceptance is None or run.judge is None or not due(run.study, after.round):
         return after, None
-    initial = _initial_adapter(run.opened)
     accepted_loss = before.accepted_loss
     if accepted_loss is None:
-        accepted_loss = run.judge(initial)
+        accepted_loss = run.judge(_initial_adapter(run.opened))
     verdict = decide(acceptance, loss=run.judge(after.adapter), accepted_loss=accepted_loss)
     if verdict.passed:
         return replace(after, accepted_round=after.round, accepted_loss=verdict.loss), verdict
-    adapter, optimizer = run.opened.accepted(before, initial)
+    adapter, optimizer = run.opened.accepted(before, _initial_adapter(run.opened))
     return replace(
         after, adapter=adapter, optimizer=optimizer, accepted_round=after.round, accepted_loss=accepted_loss
     ), verdict

@@ -6,9 +6,8 @@ study's ServerApp gathers cosignatures, `prove_release` writes the offline proof
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,13 @@ from common.errors import ReleaseInvalid
 from common.files import write_atomic
 from common.identity import load_key
 from common.ledger.checkpoint import parse_checkpoint
-from common.ledger.entries import DataUse, Evaluation, Release, RoundRecord
+from common.ledger.entries import Body, DataUse, Evaluation, Release, RoundRecord
 from common.ledger.output_checks import ENTRY_NAME, PROOF_NAME
-from common.ledger.release_proof import list_files, origin_of
+from common.ledger.release_proof import list_files
 from common.model.lora import read_adapter, vector_sha256
 from common.model.release import open_release, write_release
-from server.bundles import LEDGER_NAME
-from server.checkpoint import StudyDirectory
-from server.log import Log
 from server.model_card import Facts, model_card
-from server.study_log import StudyLog
+from server.study_log import open_study_log
 
 Clock = Callable[[], float]
 
@@ -46,7 +42,7 @@ def log_release(directory: Path, folder: Path, *, site_epsilon: float, clock: Cl
 
     Raises ReleaseInvalid for a release of another study; the operator's signature is checked.
     """
-    with _study_log(directory, clock) as (opened, log):
+    with open_study_log(directory, clock=clock) as (opened, log):
         study = opened.study
         unprotected = study.privacy.mode is Mode.PLAIN or study.testing is not None
         release = open_release(folder, operator_key=study.cohort.operator_key, allow_unprotected=unprotected)
@@ -66,7 +62,7 @@ def log_release(directory: Path, folder: Path, *, site_epsilon: float, clock: Cl
 
 def prove_release(directory: Path, folder: Path, *, version: int, clock: Clock = time.time) -> None:
     """Write a release's ledger entry and offline proof; raises QuorumNotReached before it is witnessed."""
-    with _study_log(directory, clock) as (_, log):
+    with open_study_log(directory, clock=clock) as (_, log):
         log.witnessed()
         leaf = log.release_leaf(version)
         write_atomic(folder / ENTRY_NAME, leaf)
@@ -80,7 +76,7 @@ def make_release(
 
     evaluation: `metrics` and, where there, `by_group` for the card. Raises ReleaseInvalid before the end.
     """
-    with _study_log(directory, clock) as (opened, log):
+    with open_study_log(directory, clock=clock) as (opened, log):
         study = opened.study
         initial = read_adapter(directory / "initial", study.adapter.tensors)
         state = opened.load_state(initial)
@@ -88,9 +84,8 @@ def make_release(
             raise ReleaseInvalid(
                 f"{directory}: expected {study.rounds} rounds, got {state.round + 1}; run it to its end"
             )
-        logged = [body for body in log.bodies() if isinstance(body, RoundRecord) and body.adapter_out]
-        adapter = vector_sha256(state.adapter)
-        made = [body.number for body in logged if body.adapter_out == adapter]
+        bodies, adapter = log.bodies(), vector_sha256(state.adapter)
+        made = [b.number for b in bodies if isinstance(b, RoundRecord) and b.adapter_out == adapter]
         if not made:
             raise ReleaseInvalid(
                 f"{directory}: expected the adapter of a round, got the first one: nothing passed"
@@ -98,10 +93,8 @@ def make_release(
         given = evaluation or {}
         facts = Facts(
             adapter_sha256=adapter, rounds=study.rounds,
-            site_epsilon=max((p.epsilon for body in logged for p in body.participations), default=0.0),
-            release_epsilon=log.release_epsilon,
-            data=list({body.site: body for body in log.bodies() if isinstance(body, DataUse)}.values()),
-            evaluations=[b for b in log.bodies() if isinstance(b, Evaluation) and b.adapter == adapter],
+            site_epsilon=_site_epsilon(bodies), release_epsilon=log.release_epsilon, data=_data(bodies),
+            evaluations=[b for b in bodies if isinstance(b, Evaluation) and b.adapter == adapter],
             metrics=given.get("metrics", {}), by_group=given.get("by_group", {}),
         )  # fmt: skip
         write_release(
@@ -113,35 +106,35 @@ def make_release(
 
 def stated_data(directory: Path, *, clock: Clock = time.time) -> list[DataUse]:
     """Return what each site stated about its data last."""
-    with _study_log(directory, clock) as (_, log):
-        newest = {body.site: body for body in log.bodies() if isinstance(body, DataUse)}
-        return [newest[site] for site in sorted(newest)]
+    with open_study_log(directory, clock=clock) as (_, log):
+        return _data(log.bodies())
 
 
 def logged_evaluations(directory: Path, *, clock: Clock = time.time) -> list[Evaluation]:
     """Return the federated evaluations in a study's log."""
-    with _study_log(directory, clock) as (_, log):
+    with open_study_log(directory, clock=clock) as (_, log):
         return [body for body in log.bodies() if isinstance(body, Evaluation)]
 
 
 def stated_site_epsilon(directory: Path, *, clock: Clock = time.time) -> float:
     """Return the largest ε that a site stated in the study's log; 0 where none did."""
-    with _study_log(directory, clock) as (_, log):
-        rounds = [body for body in log.bodies() if isinstance(body, RoundRecord)]
-        return max((part.epsilon for body in rounds for part in body.participations), default=0.0)
+    with open_study_log(directory, clock=clock) as (_, log):
+        return _site_epsilon(log.bodies())
 
 
 def ledger_head(directory: Path, *, clock: Clock = time.time) -> LedgerHead:
     """Describe the latest checkpoint of a study's log."""
-    with _study_log(directory, clock) as (_, log):
+    with open_study_log(directory, clock=clock) as (_, log):
         note = log.head()
         checkpoint = parse_checkpoint(note.text)
         return LedgerHead(checkpoint.size, checkpoint.root.hex(), len(note.signatures) - 1)
 
 
-@contextlib.contextmanager
-def _study_log(directory: Path, clock: Clock) -> Iterator[tuple[StudyDirectory, StudyLog]]:
-    with contextlib.closing(StudyDirectory(directory)) as opened:
-        study, key = opened.study, load_key(opened.key_path)
-        with Log(directory / LEDGER_NAME, origin=origin_of(study), private_key=key.private) as book:
-            yield opened, StudyLog(book, study, key, clock=clock)
+def _site_epsilon(bodies: Iterable[Body]) -> float:
+    rounds = [body for body in bodies if isinstance(body, RoundRecord)]
+    return max((part.epsilon for body in rounds for part in body.participations), default=0.0)
+
+
+def _data(bodies: Iterable[Body]) -> list[DataUse]:
+    newest = {body.site: body for body in bodies if isinstance(body, DataUse)}
+    return [newest[site] for site in sorted(newest)]

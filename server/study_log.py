@@ -7,14 +7,17 @@ It talks to nobody: `server/app.py` carries its bytes to the sites and back.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from common.canonical import sha256_hex
 from common.config import Study, format_study
 from common.errors import EntryInvalid, FedRadError, LedgerInvalid
-from common.identity import Purpose, SigningKey, verify_signature
+from common.identity import Purpose, SigningKey, load_key, verify_signature
 from common.ledger.checkpoint import format_ledger_proof, verify_quorum, witness_key
 from common.ledger.entries import (
     NO_STUDY,
@@ -39,8 +42,11 @@ from common.ledger.entries import (
     signed_bytes,
 )
 from common.ledger.note import Note, VerifierKey, format_lines, parse_signature_line
+from common.ledger.release_proof import origin_of
 from common.ledger.statements import sign_entry, verify_contribution, verify_signed_by
 from common.ledger.witness import format_cosign_request
+from server.bundles import LEDGER_NAME
+from server.checkpoint import StudyDirectory
 from server.log import Log
 
 log = logging.getLogger("fedrad.server")
@@ -61,7 +67,7 @@ class Stated:
 
     statements: int
     epsilon: float
-    commitments: frozenset[str]
+    commitments: Set[str]
 
 
 class StudyLog:
@@ -84,7 +90,7 @@ class StudyLog:
         self._spent: dict[str, tuple[int, float]] = {}
         self._commitments: set[str] = set()
         self._release_epsilon = 0.0
-        self._ended = False
+        self.ended = False
         self.evaluated = False
         for index, entry in enumerate(book.entries()):
             self._note_entry(index, entry)
@@ -161,12 +167,7 @@ class StudyLog:
 
         Raises SignatureInvalid where a site did not sign its participation in a round.
         """
-        bodies = list(bodies)
-        for body in bodies:
-            if isinstance(body, RoundRecord):
-                for part in body.participations:
-                    self.verify_participation(body, part)
-        return [format_entry(self._signed(body)) for body in bodies]
+        return [format_entry(entry) for entry in self._verified(bodies)]
 
     def add_sealed(self, entries: Iterable[bytes]) -> None:
         """Log sealed entries that are not logged yet, under a new checkpoint."""
@@ -178,17 +179,12 @@ class StudyLog:
         Raises SignatureInvalid where a site did not sign its participation.
         """
         if not self.has_attempt(record.number, record.attempt):
-            self._append_entries([parse_entry(entry) for entry in self.seal([record, *incidents])])
+            self._append_entries(self._verified([record, *incidents]))
 
     def stated(self, site: str) -> Stated:
         """Return what the log holds of a site's statements about its contributions."""
         count, epsilon = self._spent.get(site, (0, 0.0))
-        return Stated(count, epsilon, frozenset(self._commitments))
-
-    @property
-    def ended(self) -> bool:
-        """Whether the study's end is in the log."""
-        return self._ended
+        return Stated(count, epsilon, self._commitments)
 
     def has_attempt(self, number: int, attempt: int) -> bool:
         """Tell whether this attempt's outcome is in the log."""
@@ -224,7 +220,7 @@ class StudyLog:
 
     def add(self, body: Incident | Evaluation | StudyEnd) -> None:
         """Log an incident, or the evaluation or the end of the study (once)."""
-        if (isinstance(body, StudyEnd) and self._ended) or (isinstance(body, Evaluation) and self.evaluated):
+        if (isinstance(body, StudyEnd) and self.ended) or (isinstance(body, Evaluation) and self.evaluated):
             return
         self._append([body])
 
@@ -292,10 +288,9 @@ class StudyLog:
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _append(self, bodies: Iterable[Body]) -> int:
-        """Append entries signed by the operator, under a new checkpoint; returns the last one's index."""
+    def _append(self, bodies: Iterable[Body]) -> None:
+        """Append entries signed by the operator, under a new checkpoint."""
         self._append_entries([self._signed(body) for body in bodies])
-        return self._newest
 
     def _append_entries(self, entries: list[Entry]) -> None:
         if entries:
@@ -304,13 +299,20 @@ class StudyLog:
             for offset, entry in enumerate(entries):
                 self._note_entry(first + offset, entry)
 
+    def _verified(self, bodies: Iterable[Body]) -> list[Entry]:
+        """Sign entries whose rounds hold nothing that a site did not sign; raises SignatureInvalid."""
+        bodies = list(bodies)
+        for body in bodies:
+            if isinstance(body, RoundRecord):
+                for part in body.participations:
+                    self.verify_participation(body, part)
+        return [self._signed(body) for body in bodies]
+
     def _signed(self, body: Body) -> Entry:
-        time_s = max(int(self._clock()), self._book.last_time_s)
-        entry = Entry(time_s, self._study.sha256, body)
-        return sign_entry(entry, signer=OPERATOR, key=self._key)
+        return self._dated(Entry(0, self._study.sha256, body))
 
     def _dated(self, entry: Entry) -> Entry:
-        """Give a site's entry the log's time and, beside the site's signature, the operator's."""
+        """Give an entry the log's time and, beside the signatures it has, the operator's."""
         time_s = max(int(self._clock()), self._book.last_time_s)
         return sign_entry(replace(entry, time_s=time_s), signer=OPERATOR, key=self._key)
 
@@ -339,7 +341,7 @@ class StudyLog:
         elif isinstance(body, Evaluation):
             self.evaluated = True
         elif isinstance(body, StudyEnd):
-            self._ended = True
+            self.ended = True
         self._newest = index
 
 
@@ -351,3 +353,17 @@ def cosign_or_name(study_log: StudyLog, site: str, line: bytes) -> str:
         log.warning("cosignature of %s refused: %s: %s", site, error.code, error)
         return error.code
     return ""
+
+
+@contextlib.contextmanager
+def open_study_log(
+    directory: Path, *, clock: Callable[[], float] = time.time
+) -> Iterator[tuple[StudyDirectory, StudyLog]]:
+    """Hold a study directory and its log for this process.
+
+    Raises CheckpointInvalid, RunDirectoryBusy, LogInUse, LogTruncated or LogRewritten.
+    """
+    with contextlib.closing(StudyDirectory(directory, clock=clock)) as opened:
+        study, key = opened.study, load_key(opened.key_path)
+        with Log(directory / LEDGER_NAME, origin=origin_of(study), private_key=key.private) as book:
+            yield opened, StudyLog(book, study, key, clock=clock)
