@@ -34,6 +34,7 @@ from client.data.receive import Receiver, ReceiverPlan, start_receiver, verify_p
 from client.data.sources.dicom_folder import read_dicom_folder
 from client.data.sources.table import read_rows
 from common.errors import ReceiverRefused
+from tests.client import association_sockets  # noqa: F401  (mends pynetdicom on import)
 from tests.client.data.synthetic_dicom import Planted, dataset_for
 
 STUDY = Planted("XR1", "445566", "Brandt", "Zofia", "19500102", "20200304", "Moreau^Kenji", (), (), False, "")

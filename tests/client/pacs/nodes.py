@@ -25,6 +25,7 @@ from client.pacs.config import Destination, FhirTarget, PacsConfig, Retry
 from client.pacs.loop import Written
 from client.serving.engine import ModelVersion
 from common.model import phantoms
+from tests.client import association_sockets  # noqa: F401  (mends pynetdicom on import)
 from tests.client.data.synthetic_dicom import Planted, dataset_for
 
 VERSION = ModelVersion(

@@ -16,9 +16,6 @@ from client.pacs.loop import PacsLoop, Written
 from common.errors import EngineStopped
 from tests.client.pacs.nodes import VERSION, archive, chest, config, drafter, send
 
-# pynetdicom drops the socket of a refused connection without closing it
-pytestmark = pytest.mark.filterwarnings("ignore:.*socket.socket.*:pytest.PytestUnraisableExceptionWarning")
-
 
 def until(condition: Callable[[], object], *, within_s: float = 20.0) -> None:
     """Wait for a condition that another thread makes true."""

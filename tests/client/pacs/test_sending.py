@@ -20,10 +20,6 @@ from common.errors import DeliveryFailed, DeliveryRefused, DestinationUnreachabl
 from tests.client.data.test_receive import certificate
 from tests.client.pacs.nodes import SENTENCES, VERSION, archive, chest_bytes
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*socket.*:pytest.PytestUnraisableExceptionWarning",
-    "ignore:.*socket.*:pytest.PytestUnhandledThreadExceptionWarning",
-)
 TEXT = ReportText("d" * 32, SENTENCES, "")
 
 
