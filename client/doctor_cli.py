@@ -1,4 +1,4 @@
-"""`fedrad-site doctor` and `fedrad-site metrics`: what a hospital's IT looks at."""
+"""`fedrad-site doctor`, `fedrad-site metrics` and `fedrad-site traces`: what a hospital's IT looks at."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def mount(app: typer.Typer) -> None:
     """Add these commands to `fedrad-site`."""
     app.command()(doctor)
     app.command()(metrics)
+    app.command()(traces)
 
 
 def doctor(
@@ -81,6 +82,34 @@ def metrics(
     from common.metrics_page import serve_metrics
 
     serve_metrics(registry_of(home), listen=listen, once=once)
+
+
+def traces(
+    home: Home = _DEFAULT_HOME,
+    socket: Annotated[
+        Path | None, typer.Option("--socket", help="The agent's; default HOME/run/agent.sock.")
+    ] = None,
+    beyond_loopback: Annotated[
+        bool, typer.Option("--beyond-loopback", help="Allow a collector on another machine.")
+    ] = False,
+) -> None:
+    """Send the agent's stages to OpenTelemetry's collector (OTEL_EXPORTER_OTLP_ENDPOINT), from now on."""
+    import os
+
+    from client.home import list_studies, open_home, read_study
+    from client.traces import StageSpans, follow
+    from common.errors import CollectorInvalid
+    from common.traces import Outbox, parse_collector, say_and_stop_on_signal
+
+    opened = open_home(home)
+    collector = parse_collector(os.environ, service="fedrad-site", loopback_only=not beyond_loopback)
+    if collector is None:
+        raise CollectorInvalid("OTEL_EXPORTER_OTLP_ENDPOINT: expected a collector's URL, got none")
+    spans = StageSpans(
+        opened.site, lambda: {read_study(opened, one).study.id: one for one in list_studies(opened)}
+    )
+    path = (socket or home / "run" / "agent.sock").absolute()
+    follow(f"unix:{path}", spans, Outbox(collector), stop=say_and_stop_on_signal(collector))
 
 
 def _proxy(given: str | None) -> Callable[[str], str]:

@@ -596,8 +596,13 @@ class CanaryFailed(FedRadError):
     """A new release did worse on the canary studies than the one in use; the switch was not made."""
 
 
+class SwitchSuperseded(FedRadError):
+    """While a release was tried on the canary studies, another decision was made; it is followed instead."""
+
+
 class ServingRefused(FedRadError):
-    """Serving may not start as asked: beyond loopback without TLS and users, or without a guard."""
+    """Serving may not start as asked: beyond loopback without TLS and users, without a guard, or on a card
+    that this torch build has no code for."""
 
 
 class RequestRefused(FedRadError):
@@ -724,3 +729,10 @@ class BackupRefused(FedRadError):
 
 class ListenAddressInvalid(FedRadError):
     """An address to listen on is not HOST:PORT, or is taken."""
+
+
+# --- traces (common/traces) ---------------------------------------------------------------------------------
+
+
+class CollectorInvalid(FedRadError):
+    """Where traces should go is no OTLP/HTTP address, or one that this program does not send to."""

@@ -1,4 +1,4 @@
-"""`fedrad-server status | page | metrics | backup | restore`: what the operator looks at and keeps."""
+"""`fedrad-server status | page | metrics | traces | backup | restore`: what the operator looks at, keeps."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def add_operator_commands(app: typer.Typer) -> None:
     app.command("status")(status)
     app.command("page")(page)
     app.command("metrics")(metrics)
+    app.command("traces")(traces)
     app.command("backup")(backup)
     app.command("restore")(restore)
 
@@ -114,6 +115,34 @@ def metrics(
     if not once:
         _warn_beyond_loopback(listen.rpartition(":")[0])
     serve_metrics(registry_of(directory), listen=listen, once=once)
+
+
+def traces(
+    directory: Directory,
+    once: Annotated[bool, typer.Option("--once", help="Send all that has been logged, and end.")] = False,
+    every_s: Annotated[float, typer.Option("--every", min=0.5, help="Seconds between looks.")] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Send rounds and stages to OpenTelemetry's collector (OTEL_EXPORTER_OTLP_ENDPOINT), from now on."""
+    import os
+
+    from common.errors import CollectorInvalid
+    from common.traces import Outbox, parse_collector, say_and_stop_on_signal
+    from server.traces import StudyTraces, follow
+
+    collector = parse_collector(os.environ, service="fedrad-server")
+    if collector is None:
+        raise CollectorInvalid("OTEL_EXPORTER_OTLP_ENDPOINT: expected a collector's URL, got none")
+    outbox, studies = Outbox(collector), StudyTraces(directory)
+    if not once:
+        follow(studies, outbox, every_s=every_s, stop=say_and_stop_on_signal(collector))
+        return
+    outbox.put(studies.new_spans())
+    if not outbox.send():
+        raise CollectorInvalid(
+            f"{collector.url}: expected a collector that takes traces, got {outbox.trouble}"
+        )
+    answer({"spans": outbox.sent}, as_json=as_json, text=lambda: f"{outbox.sent} spans sent")
 
 
 def backup(
