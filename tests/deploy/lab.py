@@ -149,6 +149,16 @@ class RealConsortium:
             assert time.monotonic() < end, f"expected {what}: {json.dumps(self.status(), indent=1)}"
             time.sleep(0.2)
 
+    def environments(self) -> dict[str, dict[str, str]]:
+        """Return the environment of every process of this consortium by its command line."""
+        found = {}
+        for pid in self.left_over():
+            with contextlib.suppress(OSError):
+                pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+                command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+                found[command] = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        return found
+
     def left_over(self) -> list[int]:
         """Return the processes of this consortium's supervisors that are still there."""
         tokens = [path.read_text() for path in self.directory.glob("*/*/supervisor.token")]

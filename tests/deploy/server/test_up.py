@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from client.enrolment import read_enrolled
+from deploy.local.flower import CARRIER_MEMORY
 from deploy.site.status import read_status, words
 from server.checkpoint import read_records
 from tests.deploy.lab import RealConsortium, running
@@ -29,6 +30,16 @@ def consortium(tmp_path: Path) -> Iterator[RealConsortium]:
         yield made
 
 
+def verify_carriers_give_memory_back(environments: dict[str, dict[str, str]]) -> None:
+    """What carries vectors gives their memory back at once; the agent, which computes, does not."""
+    carriers = ("deploy.server.superlink", "flower-superexec", "flwr-serverapp", "client.supernode", "executor")
+    for name in (*carriers, "client.cli agent", "deploy.site.cli link"):
+        found = [one for command, one in environments.items() if name in command]
+        assert found, (name, sorted(environments))
+        for one in found:
+            assert (CARRIER_MEMORY.items() <= one.items()) == (name in carriers), name
+
+
 def test_a_study_runs_when_all_approve_and_reaches_only_its_sites(consortium: RealConsortium) -> None:
     consortium.start_server()
     for site in ("north", "south", "west"):
@@ -42,6 +53,8 @@ def test_a_study_runs_when_all_approve_and_reaches_only_its_sites(consortium: Re
     )
     assert consortium.study_state("chest") == "waiting"
     consortium.approve("south")
+    consortium.wait(lambda: consortium.rounds("chest") >= 1, "a round")
+    verify_carriers_give_memory_back(consortium.environments())
     consortium.wait(lambda: consortium.study_state("chest") == "finished", "the study's end")
     assert consortium.rounds("chest") == 3
     assert len(read_records(consortium.directory / "srv" / "studies" / "chest")) == 3

@@ -13,6 +13,7 @@ import pytest
 
 from client.home import create_home
 from common.errors import EngineFailed
+from deploy.local.flower import CARRIER_MEMORY
 from deploy.site.relay import Relay, account_of, give_relay_files, relay_programs
 from deploy.site.up import SiteOptions, _Layout, verify_closed
 from deploy.supervision import Account
@@ -43,6 +44,7 @@ def test_the_relay_gets_its_own_files_and_a_small_environment(
         assert "s3cret" not in " ".join([*program.command, *program.environment.values()])
         assert "FEDRAD_PROXY" not in program.environment
         assert program.environment["FLWR_TELEMETRY_ENABLED"] == "0"
+        assert CARRIER_MEMORY.items() <= program.environment.items()
         assert program.environment["HOME"].startswith(str(made.directory))
     assert "client.app:app" in programs[1].command
     for path in made.directory.rglob("*"):
