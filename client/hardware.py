@@ -102,18 +102,22 @@ class MemoryPlan:
 
 
 def check_architecture(card: Card, wheel: Wheel) -> Verdict:
-    """Say whether a torch build has code for a card: its own, an older one of its family, or PTX to compile.
+    """Say whether a torch build runs on a card: the one decision, for the doctor, the plans and serving.
 
-    Without it torch warns and then fails with "no kernel image is available for execution on the device".
+    It holds from Volta on, where the build has code for the card itself, for an older one of its family, or
+    PTX (compute_…) that the driver compiles. A suffix `a` binds code to its own capability, `f` to its
+    family. Without any, torch fails with "no kernel image is available for execution on the device".
     """
     seen = f"{card.name} is sm_{card.capability[0]}{card.capability[1]}; torch {wheel.version} has "
     seen += ", ".join(wheel.architectures) or "no CUDA code"
-    for architecture in wheel.architectures:
-        kind, built = _parse_architecture(architecture)
-        if kind == "sm" and built[0] == card.capability[0] and built <= card.capability:
-            return Verdict(True, seen)
-        if kind == "compute" and built <= card.capability:
-            return Verdict(True, f"{seen}; compiled from {architecture} on first use")
+    if card.capability < VOLTA:
+        return Verdict(False, seen, f"install {wheel_for(card)}")
+    parsed = [(_parse_architecture(text), text) for text in wheel.architectures]
+    fitting = [(one, text) for one, text in parsed if one is not None and one.runs_on(card.capability)]
+    if any(not one.compiled_later for one, _ in fitting):
+        return Verdict(True, seen)
+    if fitting:
+        return Verdict(True, f"{seen}; compiled from {fitting[-1][1]} on first use")
     return Verdict(False, seen, f"install {wheel_for(card)}")
 
 
@@ -229,8 +233,8 @@ def choose_plan(
 
 
 def largest_card(cards: Iterable[Card]) -> Card | None:
-    """The card with the most memory, None without one."""
-    return max(cards, key=lambda card: card.memory_bytes, default=None)
+    """The card to use: of those from Volta on the one with the most memory; None without a card."""
+    return max(cards, key=lambda card: (card.capability >= VOLTA, card.memory_bytes), default=None)
 
 
 def _part_of(tensor: str) -> str:
@@ -241,9 +245,22 @@ def _part_of(tensor: str) -> str:
     return "embeddings" if "embed_tokens" in tensor or "lm_head" in tensor else "language"
 
 
-def _parse_architecture(text: str) -> tuple[str, tuple[int, int]]:
-    found = re.fullmatch(r"(sm|compute)_(\d{1,2})(\d)[af]?", text)
-    return (found[1], (int(found[2]), int(found[3]))) if found else ("", (0, 0))
+@dataclass(frozen=True)
+class _Architecture:
+    compiled_later: bool
+    built: tuple[int, int]
+    suffix: str
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        if self.suffix == "a":
+            return self.built == capability
+        anywhere_newer = self.compiled_later and not self.suffix
+        return self.built <= capability and (anywhere_newer or self.built[0] == capability[0])
+
+
+def _parse_architecture(text: str) -> _Architecture | None:
+    found = re.fullmatch(r"(sm|compute)_(\d{1,2})(\d)([af]?)", text)
+    return _Architecture(found[1] == "compute", (int(found[2]), int(found[3])), found[4]) if found else None
 
 
 def _leading_number(version: str) -> int | None:

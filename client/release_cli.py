@@ -91,7 +91,7 @@ def use(
         version, time_s=int(time.time()), by=_user(), pin_reason=pin, allow_unprotected=allow_unprotected
     )
     value = {"version": current.version, "previous": current.previous or None}
-    answer(value, as_json=as_json, text=lambda: f"version {current.version} is in use")
+    answer(value, as_json=as_json, text=lambda: _in_use(current.version))
 
 
 @model_app.command("rollback")
@@ -99,7 +99,7 @@ def rollback(pin: Pin = "", home: Home = _DEFAULT_HOME, as_json: Json = False) -
     """Go back to the previous version, by the operator's logged permission or --pin."""
     current = _store(home).rollback(time_s=int(time.time()), by=_user(), pin_reason=pin)
     value = {"version": current.version, "previous": current.previous or None}
-    answer(value, as_json=as_json, text=lambda: f"version {current.version} is in use")
+    answer(value, as_json=as_json, text=lambda: _in_use(current.version))
 
 
 @model_app.command("verify")
@@ -144,6 +144,10 @@ def access_shred(
 
     months = AccessLog(home / "access").shred_before(before, user=_user(), time_s=int(time.time()))
     answer({"shredded": months}, as_json=as_json, text=lambda: f"shredded: {', '.join(months) or 'nothing'}")
+
+
+def _in_use(version: int) -> str:
+    return f"version {version} is in use; a running server tries it first and puts it back if it fails"
 
 
 def _store(home: Path) -> ModelStore:

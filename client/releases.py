@@ -8,16 +8,19 @@
 
 Guarantees: a version gets into `versions/` only with a valid TUF signature chain and a ledger proof under the
 witness quorum; `current.json` names only verified versions; a lower version needs a permission in the ledger
-or a local pin with a reason. It runs nothing: see `common/model/release.py` and `client/serving`.
+or a local pin with a reason, unless the higher one failed here before it served (`put_back`). Deciding is one
+process at a time, by a lock. It runs nothing: see `common/model/release.py` and `client/serving`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,7 @@ class Current:
 
 
 class ModelStore:
-    """The releases of one site; one process at a time switches versions."""
+    """The releases of one site; any number of processes may read, pull and decide."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -96,8 +99,21 @@ class ModelStore:
         return path
 
     def current(self) -> Current | None:
+        """Return the version in use, None before the first; raises VersionUnknown for a damaged file."""
         path = self.directory / "current.json"
-        return Current(**json.loads(path.read_text())) if path.is_file() else None
+        try:
+            value = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise VersionUnknown(f"{path}: expected the version in use, got no JSON") from error
+        if (
+            not isinstance(value, dict)
+            or set(value) != {"version", "previous"}
+            or any(type(number) is not int for number in value.values())
+        ):
+            raise VersionUnknown(f"{path}: expected version and previous, got something else")
+        return Current(**value)
 
     def decisions(self) -> list[dict[str, Any]]:
         path = self.directory / "decisions.jsonl"
@@ -151,18 +167,30 @@ class ModelStore:
         Raises ReleaseUnproven, VersionUnknown or RollbackNotPermitted. The switch is one atomic rename.
         """
         self.verify(version, allow_unprotected=allow_unprotected)
-        before = self.current()
-        if before is not None and before.version == version:
-            return before
-        why = "newer"
-        if before is not None and version < before.version:
-            why = self._permission(before.version, version, pin_reason)
-        elif pin_reason:
-            why = f"pin: {_checked_reason(pin_reason)}"
-        now = Current(version, before.version if before else 0)
-        self._decide(time_s=time_s, frm=now.previous, to=version, why=why, by=by)
-        write_atomic(self.directory / "current.json", canonical_json(asdict(now)))
-        return now
+        with self._deciding():
+            before = self.current()
+            if before is not None and before.version == version:
+                return before
+            why = "newer"
+            if before is not None and version < before.version:
+                why = self._permission(before.version, version, pin_reason)
+            elif pin_reason:
+                why = f"pin: {_checked_reason(pin_reason)}"
+            now = Current(version, before.version if before else 0)
+            self._decide(now, time_s=time_s, frm=now.previous, why=why, by=by)
+            return now
+
+    def put_back(self, failed: int, served: Current, *, time_s: int, by: str, why: str) -> bool:
+        """Name `served` again where `failed` was chosen and could not be run; whether that was still so.
+
+        It needs no permission: the failed version has answered nobody. A later decision is left alone.
+        """
+        with self._deciding():
+            now = self.current()
+            if now is None or now.version != failed:
+                return False
+            self._decide(served, time_s=time_s, frm=failed, why=f"failed: {why}", by=by)
+            return True
 
     def rollback(self, *, time_s: int, by: str, pin_reason: str = "") -> Current:
         """Go back to the previous version, by a logged permission or a local pin with a reason."""
@@ -186,10 +214,19 @@ class ModelStore:
             "(--pin), got neither"
         )
 
-    def _decide(self, *, time_s: int, frm: int, to: int, why: str, by: str) -> None:
-        line = canonical_json({"by": by, "frm": frm, "time_s": time_s, "to": to, "why": why})
+    @contextmanager
+    def _deciding(self) -> Iterator[None]:
+        """Keep other processes and threads from deciding meanwhile."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / ".deciding.lock").open("ab") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def _decide(self, now: Current, *, time_s: int, frm: int, why: str, by: str) -> None:
+        line = canonical_json({"by": by, "frm": frm, "time_s": time_s, "to": now.version, "why": why})
         cut_torn_line(self.directory / "decisions.jsonl")
         append_durable(self.directory / "decisions.jsonl", line + b"\n")
+        write_atomic(self.directory / "current.json", canonical_json(asdict(now)))
 
     def _fetch_rollbacks(self, updater: Any, names: frozenset[str]) -> None:
         for name in sorted(names):

@@ -28,6 +28,7 @@ Base = Annotated[
 ]
 Unprotected = Annotated[bool, typer.Option(help="Allow a release without differential privacy.")]
 Merge = Annotated[bool, typer.Option("--merge", help="Run base and adapter merged, from a fresh copy.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Leave the graphics card alone.")]
 Threads = Annotated[int, typer.Option(min=1, max=256, help="CPU threads of the engine.")]
 
 
@@ -60,8 +61,13 @@ def serve(
     no_keep: Annotated[
         bool, typer.Option("--no-keep-drafts", help="Log that drafts were made, not what they said.")
     ] = False,
+    keep_cases: Annotated[
+        int,
+        typer.Option("--keep-cases", min=0, help="Days a decided case stays on the worklist; 0: for ever."),
+    ] = 30,
     merge: Merge = False,
     threads: Threads = 1,
+    cpu: Cpu = False,
     max_batch: Annotated[int, typer.Option(min=1, max=64, help="Answers written at once.")] = 8,
     per_minute: Annotated[float, typer.Option(min=1, help="Requests of one user a minute.")] = 120.0,
     allow_unprotected: Unprotected = False,
@@ -95,6 +101,8 @@ def serve(
         max_batch=max_batch,
         per_minute=per_minute,
         keep_drafts=not no_keep,
+        keep_cases_days=keep_cases,
+        use_card=not cpu,
         page=not no_page,
         pacs=pacs,
         data=_own_data(home),
@@ -115,6 +123,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=8, max=2048, help="Tokens of each report.")] = 64,
     merge: Merge = False,
     threads: Threads = 1,
+    cpu: Cpu = False,
     allow_unprotected: Unprotected = False,
     as_json: Json = False,
 ) -> None:
@@ -123,7 +132,9 @@ def bench(
 
     source, _ = _source(home, release, base, merge=merge, allow_unprotected=allow_unprotected)
     with bars() as shown:
-        value = measure(source, reports=reports, tokens=tokens, threads=threads, progress=shown.step)
+        value = measure(
+            source, reports=reports, tokens=tokens, threads=threads, use_card=not cpu, progress=shown.step
+        )
     answer(value, as_json=as_json, text=lambda: bench_text(value))
 
 

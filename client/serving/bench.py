@@ -22,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def measure(
-    source: ReleaseSource, *, reports: int, tokens: int, threads: int, progress: Progress
+    source: ReleaseSource, *, reports: int, tokens: int, threads: int, use_card: bool, progress: Progress
 ) -> dict[str, Any]:
     """Load the release in this process and write made-up studies, one by one and all at once."""
     import torch
@@ -37,7 +37,7 @@ def measure(
     from common.model.prompts import prompt_template
 
     torch.set_num_threads(threads)
-    plan = engine_plan(source, max_batch=min(8, reports))
+    plan = engine_plan(source, max_batch=min(8, reports), use_card=use_card)
     started = time.monotonic()
     model, tokenizer, release = load_source(source, plan)
     loaded_s = time.monotonic() - started
@@ -71,7 +71,7 @@ def measure(
     written = sum(one["tokens"] for one in alone)
     seconds = sum(one["seconds"] for one in alone)
     return {
-        "device": find_device().name,
+        "device": find_device(use_card=use_card).name,
         "dtype": plan.dtype,
         "quantization": plan.quantization,
         "threads": threads,

@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import logging
 import signal
 import ssl
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +24,15 @@ from client.serving.guard_image import format_guard
 from client.serving.http import HttpSettings, create_app
 from client.serving.picture import Picture, prepared
 from client.serving.plan import EnginePlan, find_device, plan_engine
+from client.serving.retention import DAY_S, keep_purging
 from client.serving.service import Active, DraftingService
 from client.serving.source import ReleaseSource
+from client.serving.switching import ReleaseSwitch
 from client.serving.users import TokenFile
 from client.serving.workers import WorkerEngine
+from client.serving.worklist import Worklist
 from common.canonical import sha256_hex
-from common.errors import FedRadError, GuardNotCalibrated, ServingRefused
+from common.errors import GuardNotCalibrated, ServingRefused
 from common.files import write_atomic
 from common.model.images import read_processor
 
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from client.releases import ModelStore
 
 Progress = Callable[[str, int, int], None]
-_LOG = logging.getLogger("fedrad.serving")
-_LOOK_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,10 @@ class Tls:
 
 @dataclass(frozen=True)
 class Launch:
-    """All that `fedrad-site serve` was told. `folder` is the site's directory for tokens, guard and logs."""
+    """All that `fedrad-site serve` was told. `folder` is the site's directory for tokens, guard and logs.
+
+    `keep_cases_days` is how long the worklist keeps what was decided, 0 for ever.
+    """
 
     folder: Path
     source: ReleaseSource
@@ -72,6 +74,8 @@ class Launch:
     per_minute: float = 120.0
     burst: int = 30
     keep_drafts: bool = True
+    keep_cases_days: int = 30
+    use_card: bool = True
     page: bool = True
     pacs: Path | None = None
     data: Path | None = None
@@ -103,8 +107,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def engine_plan(source: ReleaseSource, *, max_batch: int) -> EnginePlan:
-    """Plan the engine for this machine's device and the base's size."""
+def engine_plan(source: ReleaseSource, *, max_batch: int, use_card: bool = True) -> EnginePlan:
+    """Plan the engine for this machine's device and the base's size; raises ServingRefused."""
     import json
     import math
 
@@ -115,14 +119,15 @@ def engine_plan(source: ReleaseSource, *, max_batch: int) -> EnginePlan:
     hidden, heads = config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
     many = config.get("num_key_value_heads", heads)
     per_token = 2 * 2 * config.get("num_hidden_layers", 32) * many * (hidden // heads)
-    return plan_engine(find_device(), weights=weights, kv_bytes_per_token=per_token, max_batch=max_batch)
+    device = find_device(use_card=use_card)
+    return plan_engine(device, weights=weights, kv_bytes_per_token=per_token, max_batch=max_batch)
 
 
 async def open_service(
     launch: Launch, *, progress: Progress, plan: EnginePlan | None = None
 ) -> DraftingService:
     """Start engine and guard and return the service; the caller closes it."""
-    plan = plan or engine_plan(launch.source, max_batch=launch.max_batch)
+    plan = plan or engine_plan(launch.source, max_batch=launch.max_batch, use_card=launch.use_card)
     engine = WorkerEngine(launch.source, plan, threads=launch.threads)
     await engine.start()
     try:
@@ -164,12 +169,16 @@ async def serve(
     tokens = None if launch.open_to else TokenFile(launch.folder / "serving" / "tokens.json")
     verify_listening(launch, has_tokens=tokens is not None and bool(tokens.names()))
     service = await open_service(launch, progress=progress)
-    socket_server, watch, pacs = None, None, None
+    socket_server, pacs = None, None
+    watches: list[asyncio.Task[None]] = []
     try:
         switch = None
         if store is not None:
-            switch = _switcher(service, store, launch)
-            watch = asyncio.create_task(_watch(service, store, switch))
+            switch = ReleaseSwitch(service, store, launch.source)
+            watches.append(asyncio.create_task(switch.follow()))
+        if launch.keep_cases_days and (launch.page or launch.pacs or _worklist(launch).is_dir()):
+            keep_s = launch.keep_cases_days * DAY_S
+            watches.append(asyncio.create_task(keep_purging(Worklist(_worklist(launch)), keep_s=keep_s)))
         app = create_app(
             service,
             settings=HttpSettings(
@@ -181,7 +190,7 @@ async def serve(
                 burst=launch.burst,
             ),
             routers=_routers(service, launch),
-            switch=switch,
+            switch=switch.use if switch else None,
         )
         if launch.socket is not None:
             from client.serving.grpc_service import start_grpc
@@ -189,7 +198,6 @@ async def serve(
             socket_server = await start_grpc(service, launch.socket, user="local:grpc")
         if launch.pacs is not None:
             from client.pacs.serve import start_pacs
-            from client.serving.worklist import Worklist
 
             pacs = start_pacs(service, launch.pacs, worklist=Worklist(_worklist(launch)))
         token = ""
@@ -205,8 +213,9 @@ async def serve(
             started(_address(launch, server), token)
         await running
     finally:
-        if watch is not None:
+        for watch in watches:
             watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
         if pacs is not None:
             await asyncio.to_thread(pacs.stop)
         if socket_server is not None:
@@ -252,49 +261,6 @@ def _quiet_server(config: Any) -> Any:
             yield
 
     return Server(config)
-
-
-def _switcher(service: DraftingService, store: ModelStore, launch: Launch) -> Any:
-    async def switch(version: int, pin: str, user: str) -> dict[str, Any]:
-        release = await asyncio.to_thread(
-            store.verify, version, allow_unprotected=launch.source.allow_unprotected
-        )
-        source = replace(launch.source, release=store.folder(release.version), version=version)
-
-        async def commit() -> None:
-            await asyncio.to_thread(
-                store.use,
-                version,
-                time_s=int(time.time()),
-                by=user,
-                pin_reason=pin,
-                allow_unprotected=launch.source.allow_unprotected,
-            )
-
-        back = version < service.model.version
-        figures = await service.switch(source, user=user, commit=commit, must_pass=not back)
-        return {"version": version, "model": service.model.label, "canary": figures.__dict__}
-
-    return switch
-
-
-async def _watch(service: DraftingService, store: ModelStore, switch: Any) -> None:
-    """Take up what `fedrad-site model use` or `rollback` decided; a release that fails is tried once."""
-    failed = 0
-    while True:
-        await asyncio.sleep(_LOOK_EVERY_S)
-        try:
-            current = await asyncio.to_thread(store.current)
-            if current is None or current.version in (service.model.version, failed):
-                continue
-            await switch(current.version, "", "local:model-use")
-            service.switch_failure, failed = "", 0
-        except FedRadError as error:
-            failed = current.version if current else 0
-            service.switch_failure = f"version {failed}: {error.code}: {error}"
-            _LOG.warning("the release in use stays: %s", service.switch_failure)
-        except (OSError, ValueError) as error:
-            _LOG.warning("cannot read the model store: %s", type(error).__name__)
 
 
 def _routers(service: DraftingService, launch: Launch) -> list[Any]:

@@ -5,19 +5,24 @@ Nothing here ran on a GPU of the Volta kind; the figures behind the limits are i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from client.hardware import VOLTA, Card, Wheel, check_architecture, largest_card
+from common.errors import ServingRefused
 
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Device:
-    """What was found: `cpu` or `cuda`, its memory, and the CUDA capability (major, minor)."""
+    """What is computed on: `cpu` or `cuda` number `index`, its memory, and the CUDA capability."""
 
     kind: str
     memory_bytes: int
     capability: tuple[int, int] = (0, 0)
     name: str = ""
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def plan_engine(device: Device, *, weights: int, kv_bytes_per_token: int, max_ba
     rows = max(1, min(max_batch, left // 2 // max(1, 2048 * kv_bytes_per_token)))
     why = f"{half / _GIB:.1f} GiB of float16 weights on {device.memory_bytes / _GIB:.0f} GiB"
     return EnginePlan(
-        "cuda:0",
+        f"cuda:{device.index}",
         "float16",
         "nf4" if quantized else "none",
         "sdpa",
@@ -64,19 +69,32 @@ def plan_engine(device: Device, *, weights: int, kv_bytes_per_token: int, max_ba
     )
 
 
-def find_device() -> Device:
-    """Look at this machine's first GPU, or its CPU; a GPU that this torch was not built for is not one."""
+def choose_device(cards: Sequence[Card], wheel: Wheel, *, host_bytes: int, use_card: bool = True) -> Device:
+    """Choose the largest card from Volta on, or the CPU where there is none.
+
+    `cards` are in torch's order. Raises ServingRefused for a card that this torch build has no code for:
+    drafting on the CPU beside a card is slow by far, so it is done only when told (`use_card` False).
+    """
+    card = largest_card(cards) if use_card else None
+    if card is None or card.capability < VOLTA:
+        return Device("cpu", host_bytes, name="CPU")
+    verdict = check_architecture(card, wheel)
+    if not verdict.holds:
+        raise ServingRefused(f"{verdict.seen}: {verdict.todo}; or draft on the CPU with --cpu")
+    return Device("cuda", card.memory_bytes, card.capability, card.name, list(cards).index(card))
+
+
+def find_device(*, use_card: bool = True) -> Device:
+    """Look at this machine's cards and its memory; raises ServingRefused, see `choose_device`."""
     import os
 
     import torch
 
-    if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(0)
-        built = {one.removeprefix("sm_") for one in torch.cuda.get_arch_list() if one.startswith("sm_")}
-        if f"{capability[0]}{capability[1]}" in built or any(
-            one[:-1] == str(capability[0]) and int(one[-1]) <= capability[1] for one in built
-        ):
-            facts = torch.cuda.get_device_properties(0)
-            return Device("cuda", int(facts.total_memory), capability, str(facts.name))
+    cards = []
+    if use_card and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(index)
+            cards.append(Card(str(facts.name), (facts.major, facts.minor), int(facts.total_memory)))
+    wheel = Wheel(str(torch.__version__), torch.version.cuda or "", tuple(torch.cuda.get_arch_list()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", memory, name="CPU")
+    return choose_device(cards, wheel, host_bytes=memory, use_card=use_card)

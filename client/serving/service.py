@@ -11,8 +11,9 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from client.serving.picture import Picture, prepared
 from client.serving.source import ReleaseSource
 from client.serving.workers import WorkerEngine
 from common.canonical import canonical_json
-from common.errors import CanaryFailed, DraftUnknown, EngineStopped
+from common.errors import CanaryFailed, DraftUnknown, EngineStopped, GroundingUnavailable
 
 if TYPE_CHECKING:
     from common.model.images import ImageProcessor
@@ -77,13 +78,34 @@ def draft_value(draft: Draft) -> dict[str, Any]:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Active:
-    """What answers now: an engine with the guard and image preparation of its base."""
+    """What answers: an engine with the guard and image preparation of its base, and how many use it now."""
 
     engine: WorkerEngine
     guard: Guard | None
     processor: ImageProcessor
+    users: int = 0
+    unused: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold this release for a whole answer: it is not ended between two of an answer's questions."""
+        self.users += 1
+        self.unused.clear()
+        try:
+            yield
+        finally:
+            self.users -= 1
+            if not self.users:
+                self.unused.set()
+
+    async def retire(self, *, drain_s: float) -> None:
+        """End the engine once nobody uses it, or after `drain_s`."""
+        if self.users:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.unused.wait(), drain_s)
+        await self.engine.stop()
 
 
 class DraftingService:
@@ -107,7 +129,7 @@ class DraftingService:
         self._log_lock, self._switch_lock = asyncio.Lock(), asyncio.Lock()
         self._remembered: OrderedDict[str, tuple[DraftRequest, Draft, Active]] = OrderedDict()
         self._remembered_bytes = 0
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._leaving: dict[asyncio.Task[None], Active] = {}
         self._figures: CanaryFigures | None = None
         self._loop = asyncio.get_running_loop()
         self.switch_failure = ""
@@ -140,9 +162,18 @@ class DraftingService:
 
         A reader who leaves early cancels the answer; what was written until then is logged.
         """
-        started, active, identifier = self._clock_s(), self._active, secrets.token_hex(16)
+        active = self._active
+        with active.in_use():
+            async with aclosing(self._draft_with(active, request)) as events:
+                async for event in events:
+                    yield event
+
+    async def _draft_with(
+        self, active: Active, request: DraftRequest
+    ) -> AsyncGenerator[Decision | Token | Draft]:
+        started, identifier = self._clock_s(), secrets.token_hex(16)
         pixels = await asyncio.to_thread(prepared, request.picture, active.processor)
-        ask = Ask(request.picture.sha256, pixels, _asked(request), request.options)
+        ask = Ask(request.picture.key, pixels, _asked(request), request.options)
         decision = await self._decide(active, request, ask)
         yield decision
         result, tokens, first_s = None, [], None
@@ -199,15 +230,24 @@ class DraftingService:
         """Return a remembered draft's attention to image tokens, [tokens, image tokens]."""
         request, draft = self.remembered(draft_id)
         active = self._remembered[draft_id][2]
-        pixels = await asyncio.to_thread(prepared, request.picture, active.processor)
-        ask = Ask(request.picture.sha256, pixels, _asked(request), request.options)
-        return await active.engine.attention(ask, draft.token_ids)
+        with active.in_use():
+            pixels = await asyncio.to_thread(prepared, request.picture, active.processor)
+            ask = Ask(request.picture.key, pixels, _asked(request), request.options)
+            try:
+                return await active.engine.attention(ask, draft.token_ids)
+            except EngineStopped as error:
+                if active is self._active:
+                    raise
+                raise GroundingUnavailable(
+                    f"expected a draft of {self.model.label}, got one of {draft.model.label}; draft it again"
+                ) from error
 
     async def image_vector(self, picture: Picture) -> NDArray[np.float32]:
         """Return a picture's features from the frozen tower, [N, D]."""
         active = self._active
-        pixels = await asyncio.to_thread(prepared, picture, active.processor)
-        return await active.engine.image_vector(Ask(picture.sha256, pixels))
+        with active.in_use():
+            pixels = await asyncio.to_thread(prepared, picture, active.processor)
+            return await active.engine.image_vector(Ask(picture.key, pixels))
 
     def remembered(self, draft_id: str) -> tuple[DraftRequest, Draft]:
         """Return one of the latest drafts with what was asked; raises DraftUnknown."""
@@ -239,6 +279,10 @@ class DraftingService:
             engine = old.engine.successor(source)
             await engine.start()
             try:
+                if engine.model.base != old.engine.model.base:
+                    raise CanaryFailed(
+                        f"expected a release of base {old.engine.model.base}, got one of {engine.model.base}"
+                    )
                 if self._figures is None:
                     self._figures = await run_canary(old.engine, old.processor)
                 processor = _processor(source.base)
@@ -246,10 +290,6 @@ class DraftingService:
                 faults = canary_faults(self._figures, figures)
                 if faults and must_pass:
                     raise CanaryFailed(f"{engine.model.label}: {'; '.join(faults)}")
-                if engine.model.base != old.engine.model.base:
-                    raise CanaryFailed(
-                        f"expected a release of base {old.engine.model.base}, got one of {engine.model.base}"
-                    )
                 if commit is not None:
                     await commit()
             except BaseException:
@@ -257,19 +297,20 @@ class DraftingService:
                 raise
             self._active = Active(engine, old.guard, processor)
             self._figures = figures
-            await self._write(user, Action.SWITCH_MODEL, None, engine.model)
+            leaving = asyncio.create_task(old.retire(drain_s=_DRAIN_S))
+            self._leaving[leaving] = old
+            leaving.add_done_callback(lambda task: self._leaving.pop(task, None))
             self.metrics.switched(engine.model)
-            leaving = asyncio.create_task(old.engine.stop(drain_s=_DRAIN_S))
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
+            await self._write(user, Action.SWITCH_MODEL, None, engine.model)
             return figures
 
     async def close(self, *, drain_s: float = 5.0) -> None:
         """Finish what is being written, within `drain_s`, and end the engines."""
-        await self._active.engine.stop(drain_s=drain_s)
-        for task in list(self._leaving):
+        leaving = dict(self._leaving)
+        for task in leaving:
             task.cancel()
-        await asyncio.gather(*self._leaving, return_exceptions=True)
+        await asyncio.gather(*leaving, return_exceptions=True)
+        await asyncio.gather(*(one.retire(drain_s=drain_s) for one in (self._active, *leaving.values())))
 
     def _keep(self, identifier: str, request: DraftRequest, draft: Draft, active: Active) -> None:
         self._remembered[identifier] = (request, draft, active)

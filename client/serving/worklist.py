@@ -13,8 +13,10 @@ It signs nothing: what a reader accepts goes to the access log and to the reader
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,6 +34,7 @@ from common.files import sync_directory, write_atomic
 
 MAX_TEXT_CHARS = 32_768
 MAX_REASON_CHARS = 2_000
+_GONE = ".gone-"
 _ID = re.compile(r"[0-9a-f]{32}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 
@@ -98,7 +101,10 @@ class Worklist:
 
     def cases(self) -> list[Case]:
         """Every case, the latest first."""
-        found = [self.case(path.parent.name) for path in self.directory.glob("*/case.json")]
+        found = []
+        for path in self.directory.glob("*/case.json"):
+            with contextlib.suppress(CaseUnknown):  # deleted a moment ago
+                found.append(self.case(path.parent.name))
         return sorted(found, key=lambda case: (-case.received_s, case.id))
 
     def case(self, id: str) -> Case:
@@ -153,11 +159,18 @@ class Worklist:
         _write(folder / "decision.json", {**decision, "outcome": outcome.value})
 
     def purge(self, *, before_s: int) -> int:
-        """Delete cases that arrived before `before_s` and were decided; returns how many."""
-        gone = [c.id for c in self.cases() if c.received_s < before_s and self.decision(c.id) is not None]
-        for id in gone:
-            shutil.rmtree(self._folder(id))
-        return len(gone)
+        """Delete cases that were decided before `before_s`, and remains of a crash; returns how many."""
+        gone = 0
+        for case in self.cases():
+            decision = _read(self._folder(case.id) / "decision.json")
+            if decision is not None and int(decision.get("time_s", case.received_s)) < before_s:
+                os.replace(self._folder(case.id), self.directory / f"{_GONE}{case.id}")
+                gone += 1
+        for folder in self.directory.iterdir():
+            torn = not (folder / "case.json").is_file() and folder.stat().st_mtime < before_s
+            if folder.is_dir() and (folder.name.startswith(_GONE) or torn):
+                shutil.rmtree(folder)
+        return gone
 
     def _folder(self, id: str) -> Path:
         if not _ID.fullmatch(id):

@@ -27,6 +27,7 @@ P100 = Card("Tesla P100-PCIE-16GB", (6, 0), 17_066_885_120, "580.95.05")
 CU126 = Wheel("2.13.0+cu126", "12.6", ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"))
 CU130 = Wheel("2.13.0+cu130", "13.0", ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"))
 CPU = Wheel("2.13.0+cpu", "", ())
+PTX = Wheel("x", "12.6", ("sm_75", "sm_80", "compute_80"))
 
 # LLaVA-Rad and LLaVA-Med v1.5 are of this size: a 7B language model, a ViT tower, a two-layer projector.
 SEVEN_B = BaseSize(
@@ -40,7 +41,7 @@ SEVEN_B = BaseSize(
     [
         (V100_16, CU126, True), (V100_32, CU126, True), (V100_16, CU130, False), (V100_32, CU130, False),
         (T4, CU126, True), (T4, CU130, True), (H200, CU126, True), (H200, CU130, True), (H200, CPU, False),
-        (P100, CU130, False),
+        (P100, CU130, False), (P100, CU126, False), (H200, PTX, True), (V100_16, PTX, False),
     ],
 )  # fmt: skip
 def test_a_wheel_runs_on_a_card_that_it_was_built_for(card: Card, wheel: Wheel, holds: bool) -> None:
@@ -65,11 +66,20 @@ def test_code_of_an_older_card_of_the_same_family_runs_and_of_a_newer_one_does_n
 def test_ptx_is_compiled_for_a_newer_card() -> None:
     verdict = check_architecture(H200, Wheel("x", "12.6", ("sm_70", "compute_80")))
     assert verdict.holds
-    assert "compute_80" in verdict.seen
+    assert "compiled from compute_80" in verdict.seen
+    assert "compiled" not in check_architecture(H200, Wheel("x", "12.6", ("compute_80", "sm_90"))).seen
 
 
 def test_architectures_with_a_suffix_are_understood() -> None:
-    assert check_architecture(H200, Wheel("x", "13.0", ("sm_90a",))).holds
+    """`a` is for one capability alone, `f` for its family (CUDA's compilation guide)."""
+    newer = Card("a newer one", (10, 3), 1 << 37)
+    for text, on_h200, on_newer in (
+        ("sm_90a", True, False), ("compute_90a", True, False), ("compute_90", True, True),
+        ("sm_100f", False, True), ("compute_100f", False, True), ("sm_100a", False, False),
+    ):  # fmt: skip
+        wheel = Wheel("x", "13.0", (text,))
+        found = (check_architecture(H200, wheel).holds, check_architecture(newer, wheel).holds)
+        assert found == (on_h200, on_newer), text
     assert not check_architecture(H200, Wheel("x", "13.0", ("gfx90a",))).holds
 
 
@@ -156,6 +166,7 @@ def test_the_tiny_base_is_measured_from_its_files() -> None:
 
 def test_the_largest_card_is_planned_for() -> None:
     assert largest_card([V100_16, V100_32]) is V100_32
+    assert largest_card([P100, V100_16]) is V100_16
     assert largest_card([]) is None
 
 

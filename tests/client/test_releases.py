@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -362,3 +364,56 @@ def test_a_new_root_signed_by_the_old_threshold_is_followed(
     install_root(consortium.repository, consortium.signed_root(2, (OPERATOR, "birch")))
     consortium.publish(1)
     assert store.pull(source(consortium)) == 1
+
+
+# --- a version that could not be run ----------------------------------------------------------------------
+
+
+def test_a_version_that_failed_is_put_back_and_is_no_way_back_to_it(
+    consortium: Consortium, store: ModelStore
+) -> None:
+    for version in (1, 2):
+        consortium.publish(version)
+        store.pull(source(consortium))
+    first = store.use(1, time_s=1, by=USER)
+    store.use(2, time_s=2, by=USER)
+    assert store.put_back(2, first, time_s=3, by="local:canary", why="CanaryFailed")
+    assert store.current() == Current(1, 0)
+    assert store.decisions()[-1] == {
+        "by": "local:canary", "frm": 2, "time_s": 3, "to": 1, "why": "failed: CanaryFailed",
+    }  # fmt: skip
+    with pytest.raises(VersionUnknown, match="expected a previous"):
+        store.rollback(time_s=4, by=USER)
+    assert store.use(2, time_s=5, by=USER) == Current(2, 1)  # it may be tried again
+
+
+def test_a_later_decision_is_not_put_back(consortium: Consortium, store: ModelStore) -> None:
+    for version in (1, 2):
+        consortium.publish(version)
+        store.pull(source(consortium))
+    first = store.use(1, time_s=1, by=USER)
+    assert not store.put_back(2, first, time_s=3, by="local:canary", why="CanaryFailed")
+    assert len(store.decisions()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"version":1}', '{"version":"1","previous":0}', "{"])
+def test_a_damaged_choice_of_version_is_named(store: ModelStore, text: str) -> None:
+    assert store.current() is None
+    store.directory.mkdir(parents=True, exist_ok=True)
+    (store.directory / "current.json").write_text(text)
+    with pytest.raises(VersionUnknown, match=r"current\.json"):
+        store.current()
+
+
+def test_decisions_of_two_processes_wait_for_each_other(consortium: Consortium, store: ModelStore) -> None:
+    consortium.publish(1)
+    store.pull(source(consortium))
+    with (store.directory / ".deciding.lock").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(1) as threads:
+            deciding = threads.submit(store.use, 1, time_s=1, by=USER)
+            with pytest.raises(TimeoutError):
+                deciding.result(0.2)
+            assert store.current() is None
+            fcntl.flock(other, fcntl.LOCK_UN)
+            assert deciding.result(60) == Current(1, 0)

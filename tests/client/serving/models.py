@@ -15,7 +15,7 @@ from client.serving.decoding import BatchDecoder
 from client.serving.engine import Ask, ModelVersion, Options
 from client.serving.plan import EnginePlan
 from client.serving.source import ReleaseSource
-from common.config import parse_study_toml
+from common.config import Study, parse_study_toml
 from common.identity import SigningKey
 from common.model import tiny
 from common.model.lora import adapter_tensors, vector_size
@@ -79,18 +79,23 @@ def talkative_base() -> Path:
     return folder
 
 
-@functools.cache
-def talkative_release(seed: int = 1, *, scale: float = 0.2, round: int = 2, max_new_tokens: int = 24) -> Path:
-    """A signed release for it; another seed is another adapter."""
+def talkative_study(*, max_new_tokens: int = 24) -> Study:
+    """A study of that base whose operator is `KEY`."""
     base = talkative_base()
     parsed = parse_study_toml(study_text(mode="consortium", seed=None))
-    study = replace(
+    return replace(
         parsed,
         base=replace(parsed.base, files=hash_base(base)),
         training=replace(parsed.training, max_new_tokens=max_new_tokens),
         adapter=replace(parsed.adapter, tensors=adapter_tensors(base, parsed.adapter)),
         cohort=replace(parsed.cohort, operator_key=KEY.public),
     )
+
+
+@functools.cache
+def talkative_release(seed: int = 1, *, scale: float = 0.2, round: int = 2, max_new_tokens: int = 24) -> Path:
+    """A signed release for it; another seed is another adapter."""
+    study = talkative_study(max_new_tokens=max_new_tokens)
     size = vector_size(study.adapter.tensors)
     rng = np.random.default_rng(seed)
     vector = (rng.standard_normal(size) * scale).astype(np.float32)

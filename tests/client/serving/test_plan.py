@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from client.doctor import MachineFacts, State, check_gpu
+from client.hardware import Card, Wheel
 from client.serving.launch import Launch, Tls, is_loopback, verify_listening
 from client.serving.limits import RateLimit
-from client.serving.plan import Device, plan_engine
+from client.serving.plan import Device, choose_device, find_device, plan_engine
 from client.serving.source import ReleaseSource, format_source, parse_source
 from common.errors import ServingRefused, TooManyRequests
 
@@ -35,6 +37,52 @@ def test_seven_billion_weights_are_planned_by_the_card(device: Device, dtype: st
         rows = plan.max_batch * 2048 * KV
         assert plan.max_batch >= 1
         assert held + rows + plan.prefix_bytes + plan.feature_bytes < device.memory_bytes
+
+
+V100_16 = Card("Tesla V100-SXM2-16GB", (7, 0), 16 * GIB)
+V100_32 = Card("Tesla V100-SXM2-32GB", (7, 0), 32 * GIB)
+H100 = Card("NVIDIA H100", (9, 0), 80 * GIB)
+P100 = Card("Tesla P100-PCIE-16GB", (6, 0), 16 * GIB)
+CU126 = Wheel("2.13.0+cu126", "12.6", ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"))
+CU130 = Wheel("2.13.0+cu130", "13.0", ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "compute_120"))
+PTX = Wheel("x", "12.6", ("sm_70", "sm_80", "compute_80"))
+CPU_ONLY = Wheel("2.13.0+cpu", "", ())
+
+
+@pytest.mark.parametrize(
+    ("cards", "wheel", "device"),
+    [
+        ([V100_16], CU126, Device("cuda", 16 * GIB, (7, 0), V100_16.name)),
+        ([V100_16, V100_32], CU126, Device("cuda", 32 * GIB, (7, 0), V100_32.name, 1)),
+        ([H100], CU130, Device("cuda", 80 * GIB, (9, 0), H100.name)),
+        ([H100], PTX, Device("cuda", 80 * GIB, (9, 0), H100.name)),
+        ([P100, V100_16], CU126, Device("cuda", 16 * GIB, (7, 0), V100_16.name, 1)),
+        ([P100], CU126, Device("cpu", 64 * GIB, name="CPU")),
+        ([], CPU_ONLY, Device("cpu", 64 * GIB, name="CPU")),
+    ],
+)
+def test_drafting_takes_the_card_that_the_doctor_takes(
+    cards: list[Card], wheel: Wheel, device: Device
+) -> None:
+    assert choose_device(cards, wheel, host_bytes=64 * GIB) == device
+    machine = MachineFacts("3.11.9", {}, tuple(cards), wheel, memory_bytes=64 * GIB)
+    failed = [one for one in check_gpu(machine) if one.check == "torch" and one.state is State.FAIL]
+    assert bool(failed) is (device.kind == "cpu" and bool(cards))
+    if device.kind == "cuda":
+        assert plan_engine(device, weights=10**8, kv_bytes_per_token=KV).device == f"cuda:{device.index}"
+
+
+@pytest.mark.parametrize("wheel", [CU130, Wheel("x", "12.6", ("sm_80", "compute_75"))])
+def test_a_v100_with_a_build_without_volta_is_refused_and_not_left_idle(wheel: Wheel) -> None:
+    with pytest.raises(ServingRefused, match=r"sm_70.*cu126.*--cpu"):
+        choose_device([V100_16], wheel, host_bytes=64 * GIB)
+    told = choose_device([V100_16], wheel, host_bytes=64 * GIB, use_card=False)
+    assert told.kind == "cpu"
+
+
+def test_this_machine_has_a_device() -> None:
+    assert find_device(use_card=False).kind == "cpu"
+    assert find_device(use_card=False).memory_bytes > GIB // 4
 
 
 def test_a_source_crosses_to_the_worker_and_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from client.serving.engine import Finish, Token
 from client.serving.guard import Decision
 from client.serving.picture import read_picture
 from client.serving.service import Active, Draft, DraftRequest
-from common.errors import AdapterInvalid, CanaryFailed, DraftUnknown
+from common.errors import AdapterInvalid, CanaryFailed, DraftUnknown, GroundingUnavailable
 from tests.client.serving.hosting import Hosted, hosted, png
 from tests.client.serving.models import KEY, talkative_base, talkative_release, talkative_source
 
@@ -127,3 +128,36 @@ def test_a_switch_loses_no_draft_and_a_bad_release_is_not_taken(tmp_path: Path) 
         back = talkative_source(1)
         host.run(host.service.switch(back, user="alice", must_pass=False), 600)
         assert host.service.model.adapter_sha256 == before.adapter_sha256
+
+
+@pytest.mark.slow
+def test_a_draft_between_guard_and_engine_outlives_a_switch(tmp_path: Path) -> None:
+    class SlowGuard:
+        """A guard that decides when it is told to: until then the engine has no question of this draft."""
+
+        def __init__(self) -> None:
+            self.asked, self.go = threading.Event(), threading.Event()
+
+        def decide(self, picture: Any, features: Any, *, indication: str, question: str) -> Decision:
+            self.asked.set()
+            self.go.wait(300)
+            return Decision(False, "", "", "", 0.5, 1.0)
+
+    guard = SlowGuard()
+    with hosted(tmp_path, guard=guard) as host:
+        before = host.service.model
+        drafting = asyncio.run_coroutine_threadsafe(host.service.draft_whole(request(1)), host.loop)
+        assert guard.asked.wait(120)
+        host.run(host.service.switch(talkative_source(2), user="alice"), 600)
+        after = host.service.model
+        guard.go.set()
+        draft = drafting.result(300)
+        assert draft.text and draft.model == before != after
+        assert host.run(host.service.draft_whole(request(1))).model == after
+
+        async def retired() -> None:
+            await asyncio.gather(*host.service._leaving)
+
+        host.run(retired())
+        with pytest.raises(GroundingUnavailable, match="draft it again"):
+            host.run(host.service.attention(draft.id))

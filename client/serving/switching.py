@@ -1,0 +1,119 @@
+"""Which release a running server runs: as an administrator asks, or as `fedrad-site model` decided elsewhere.
+
+Guarantees: a release answers only after it was verified against the ledger and passed the canary beside the
+one in use; one that fails is put back in the model store too, so that a restart does not run it; of several
+decisions the last one stands. A server that starts takes the version in use as it is, without a canary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from client.releases import Current, ModelStore
+from client.serving.canary import CanaryFigures
+from client.serving.service import DraftingService
+from client.serving.source import ReleaseSource
+from common.errors import FedRadError, SwitchSuperseded
+
+_LOOK_EVERY_S = 2.0
+_LOG = logging.getLogger("fedrad.serving")
+
+
+class ReleaseSwitch:
+    """Switches one service between the releases of one model store, one switch at a time."""
+
+    def __init__(
+        self,
+        service: DraftingService,
+        store: ModelStore,
+        source: ReleaseSource,
+        *,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._service, self._store, self._source, self._wall_s = service, store, source, wall_s
+        self._served = Current(service.model.version, 0)
+        self._switching = asyncio.Lock()
+
+    async def use(self, version: int, pin: str, user: str) -> dict[str, Any]:
+        """Switch as an administrator asks; the model store is told only when the canary has passed."""
+
+        async def commit() -> None:
+            await asyncio.to_thread(
+                self._store.use,
+                version,
+                time_s=int(self._wall_s()),
+                by=user,
+                pin_reason=pin,
+                allow_unprotected=self._source.allow_unprotected,
+            )
+
+        async with self._switching:
+            figures = await self._switch(version, user=user, commit=commit)
+            self._note_served(await asyncio.to_thread(self._store.current))
+        return {"version": version, "model": self._service.model.label, "canary": asdict(figures)}
+
+    async def follow(self) -> None:
+        """Take up, until cancelled, what `fedrad-site model use` and `rollback` decide."""
+        while True:
+            try:
+                await self.look()
+            except (FedRadError, OSError) as error:
+                _LOG.warning("cannot follow the model store: %s", type(error).__name__)
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def look(self) -> None:
+        """Take up the version in use where it is another than the one that answers, or put it back."""
+        async with self._switching:
+            current = await asyncio.to_thread(self._store.current)
+            if current is None or current.version == self._service.model.version:
+                self._note_served(current)
+                return
+            chosen = current.version
+
+            async def still_chosen() -> None:
+                now = await asyncio.to_thread(self._store.current)
+                if now is None or now.version != chosen:
+                    raise SwitchSuperseded(f"expected version {chosen} to be in use still, got another one")
+
+            try:
+                await self._switch(chosen, user="local:model-use", commit=still_chosen)
+                self._note_served(current)
+            except SwitchSuperseded as error:
+                _LOG.info("%s", error)
+            except FedRadError as error:
+                await self._put_back(chosen, error)
+
+    async def _switch(
+        self, version: int, *, user: str, commit: Callable[[], Awaitable[None]]
+    ) -> CanaryFigures:
+        unprotected = self._source.allow_unprotected
+        await asyncio.to_thread(self._store.verify, version, allow_unprotected=unprotected)
+        source = replace(self._source, release=self._store.folder(version), version=version)
+        back = version < self._service.model.version
+        figures = await self._service.switch(source, user=user, commit=commit, must_pass=not back)
+        _LOG.info("%s answers now", self._service.model.label)
+        self._service.switch_failure = ""
+        return figures
+
+    async def _put_back(self, failed: int, error: FedRadError) -> None:
+        try:
+            await asyncio.to_thread(
+                self._store.put_back,
+                failed,
+                self._served,
+                time_s=int(self._wall_s()),
+                by="local:canary",
+                why=error.code,
+            )
+        finally:
+            self._service.switch_failure = f"version {failed}: {error.code}: {error}"
+            _LOG.warning("%s goes on; %s", self._service.model.label, self._service.switch_failure)
+
+    def _note_served(self, current: Current | None) -> None:
+        if current is not None and current.version == self._service.model.version:
+            self._served = current
