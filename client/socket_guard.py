@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import AgentUnavailable, FedRadError, PeerRefused, PeerTooSlow, SocketInvalid, TooFrequent
+from common.pace import TokenBucket as TokenBucket  # client.service has its rates from here
 
 log = logging.getLogger("fedrad.agent")
 
@@ -60,25 +61,6 @@ class Peer:
     gid: int
     pid: int
     groups: frozenset[int] = frozenset()
-
-
-class TokenBucket:
-    """Allows `burst` events at once and `per_minute` in the long run."""
-
-    def __init__(self, *, burst: int, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._burst, self._per_s, self._clock = float(burst), per_minute / 60.0, clock
-        self._tokens, self._at = float(burst), clock()
-        self._lock = threading.Lock()
-
-    def take(self) -> None:
-        """Take one token; raises TooFrequent where there is none."""
-        with self._lock:
-            now = self._clock()
-            self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_s)
-            self._at = now
-            if self._tokens < 1.0:
-                raise TooFrequent(f"expected at most {60 * self._per_s:g} a minute, got more")
-            self._tokens -= 1.0
 
 
 def verify_peer(peer: Peer, *, own_uid: int, group: int | None) -> None:

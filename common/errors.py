@@ -188,7 +188,7 @@ class PeerTooSlow(FedRadError):
 
 
 class TooFrequent(FedRadError):
-    """A process on the agent's socket connects or asks more often than it may."""
+    """A process on the agent's socket, or a site at the server, asks more often than it may."""
 
 
 class SocketInvalid(FedRadError):

@@ -44,9 +44,9 @@ _LOG_FAILURES = 5
 _LOG_WAIT_S = 20.0
 _SERVERAPP = "flwr-serverapp"
 PRELOAD = ("client.app", "client.service", "common.protocol")
-# For the processes that carry vectors: a part of 4 MiB that was joined goes back to the system at once, and threads
-# that each keep a heap of 20 MB messages do not add up to gigabytes. Not for the agent: it computes, and with this
-# its training step takes 1.65 times the CPU time (docs/protocol/secagg.md).
+# For the processes that carry vectors: a part of 4 MiB that was joined goes back to the system at once, and
+# threads that each keep a heap of 20 MB messages do not add up to gigabytes. Not for the agent: it computes,
+# and with this its training step takes 1.65 times the CPU time (docs/protocol/secagg.md).
 CARRIER_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _AGENT = re.compile(r"unix:///[^\"'\\\x00-\x1f\x7f]+")

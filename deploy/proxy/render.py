@@ -29,6 +29,9 @@ FLEET_CALLS = (
     "confirm-message-received",
 )
 BODY_MB = 8  # Flower cuts objects at 5 MiB
+FLEET_PER_S, FLEET_BURST = 100, 400  # a site's calls of Flower; a 20 MB reply is a dozen
+API_PER_MINUTE, API_BURST = 60, 30  # an address's requests for renewal and studies
+CLIENT_HEADER = "X-FedRad-Client"  # the door names the address that asks, whatever the client said
 _SAFE = re.compile(r"[A-Za-z0-9_./:+=|\[\] -]+")
 
 
@@ -46,10 +49,10 @@ class Door:
     internal_authority: Path
     superlink_port: int
     api_port: int
-    fleet_per_s: int = 100
-    fleet_burst: int = 400
-    api_per_minute: int = 60
-    api_burst: int = 30
+    fleet_per_s: int = FLEET_PER_S
+    fleet_burst: int = FLEET_BURST
+    api_per_minute: int = API_PER_MINUTE
+    api_burst: int = API_BURST
     connections: int = 32
 
 

@@ -3,7 +3,8 @@
 One HTTP call on loopback, `POST /fedrad/v1/site`, behind the consortium's proxy. Guarantees: a request counts
 only with the signature of the site's registered message key and a time within an hour of the server's; a
 revoked site is refused; an answer says the server's time, so that a site can tell how far its clock is off.
-A replayed request gives its replayer nothing: a certificate without its key, or a public manifest.
+A replayed request gives its replayer nothing: a certificate without its key, or a public manifest. An
+address, as the door names it, asks no oftener than nginx's own rate, whatever the door is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from common.enrolment import (
     parse_site_request,
     verify_site_request,
 )
-from common.errors import ClockSkewed, EnrolmentInvalid, FedRadError
+from common.errors import ClockSkewed, EnrolmentInvalid, FedRadError, TooFrequent
+from common.pace import Pace
+from deploy.proxy.render import API_BURST, API_PER_MINUTE, CLIENT_HEADER
 from server.consortium import ServerHome
 from server.enrolment import approved_site, renew
 from server.submission import offered_studies, record_approval, withdraw_approval
@@ -89,7 +92,7 @@ class SiteEndpoint:
     def __init__(
         self, home: ServerHome, authority: Authority, *, port: int, clock: Callable[[], datetime]
     ) -> None:
-        handler = _handler(home, authority, clock)
+        handler = _handler(home, authority, clock, Pace(burst=API_BURST, per_minute=API_PER_MINUTE))
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -108,7 +111,7 @@ class SiteEndpoint:
 
 
 def _handler(
-    home: ServerHome, authority: Authority, clock: Callable[[], datetime]
+    home: ServerHome, authority: Authority, clock: Callable[[], datetime], pace: Pace
 ) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = _TIMEOUT_S
@@ -125,8 +128,13 @@ def _handler(
                 status, value = 404 if self.path != PATH else 413, {"error": "EnrolmentInvalid"}
                 self.close_connection = True
             else:
+                data = self.rfile.read(size)
                 try:
-                    value = answer_request(home, authority, self.rfile.read(size), now=clock())
+                    if CLIENT_HEADER in self.headers:  # else nobody came through a door
+                        pace.take(self.headers[CLIENT_HEADER])
+                    value = answer_request(home, authority, data, now=clock())
+                except TooFrequent:
+                    status, value = 429, {"error": "TooFrequent"}
                 except FedRadError as error:
                     log.warning("a site's request was refused: %s", error)
                     status, value = 403, {"error": error.code, "message": str(error)}

@@ -1,21 +1,58 @@
-"""Flower's SuperLink with one setting that it has no option for: how far a site's clock may be ahead.
+"""Flower's SuperLink with two things that it has no option for: a tolerant clock, and a rate for each site.
 
 Flower takes a node's signed timestamp when it is at most 300 s old, but only 5 s ahead of the server. Here it
 may be ahead by the consortium's tolerance: `python -m deploy.server.superlink SECONDS ARGUMENTS…`.
+A call of the Fleet API counts for the node key that it names, which the door has compared with the site's
+certificate, and gets 429 beyond the rate that nginx also keeps: Debian's Caddy keeps none.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
+
+from common.errors import TooFrequent
+from common.pace import Pace
+from deploy.proxy.render import FLEET_BURST, FLEET_PER_S
+
+_FLEET = "/v1/fleet/"
+_NODE_KEY = b"flwr-public-key"
+
+
+class FleetPace:
+    """ASGI middleware: passes a fleet call on, or answers 429 before its body is read."""
+
+    def __init__(self, app: Any, pace: Pace) -> None:
+        self._app, self._pace = app, pace
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(_FLEET):
+            node = dict(scope["headers"]).get(_NODE_KEY, b"").decode("latin-1")
+            try:
+                self._pace.take(node)
+            except TooFrequent:
+                headers = [(b"content-length", b"0"), (b"retry-after", b"1"), (b"connection", b"close")]
+                await send({"type": "http.response.start", "status": 429, "headers": headers})
+                await send({"type": "http.response.body", "body": b""})
+                return
+        await self._app(scope, receive, send)
 
 
 def main() -> None:
-    """Set the tolerance and become `flower-superlink`."""
+    """Set tolerance and rate, and become `flower-superlink`."""
+    from flwr.superlink import main as superlink
     from flwr.superlink.cli import flower_superlink
     from flwr.superlink.routers.fleet import node_auth
 
-    tolerance_s = float(sys.argv[1])
-    node_auth.SYSTEM_TIME_TOLERANCE = tolerance_s
+    node_auth.SYSTEM_TIME_TOLERANCE = float(sys.argv[1])
+    create_app = superlink.create_app
+
+    def paced(*arguments: Any, **options: Any) -> Any:
+        app = create_app(*arguments, **options)
+        app.add_middleware(FleetPace, pace=Pace(burst=FLEET_BURST, per_minute=60.0 * FLEET_PER_S))
+        return app
+
+    superlink.create_app = paced
     sys.argv = ["flower-superlink", *sys.argv[2:]]
     flower_superlink()
 

@@ -25,7 +25,14 @@ from common.enrolment import (
 from common.ledger.entries import RevocationReason
 from deploy.local.certificates import write_loopback_tls
 from deploy.local.flower import free_port
-from deploy.proxy.render import Door, KnownNode, caddy_configuration, nginx_configuration, nginx_sites
+from deploy.proxy.render import (
+    CLIENT_HEADER,
+    Door,
+    KnownNode,
+    caddy_configuration,
+    nginx_configuration,
+    nginx_sites,
+)
 from deploy.server.up import Proxy, find_proxy
 from server.consortium import ServerHome, create_server_home
 from server.enrolment import SiteState, approve, read_sites, renew, revoke
@@ -40,6 +47,7 @@ class Backend:
     """Answers 200 to whatever gets through, and remembers the paths."""
 
     seen: list[str] = field(default_factory=list)
+    clients: list[str | None] = field(default_factory=list)  # whom the door named, for the endpoint's rate
 
     def serve(self, context: ssl.SSLContext | None) -> ThreadingHTTPServer:
         backend = self
@@ -49,6 +57,7 @@ class Backend:
 
             def do_POST(self) -> None:
                 backend.seen.append(self.path)
+                backend.clients.append(self.headers[CLIENT_HEADER])
                 size = int(self.headers.get("Content-Length", "0"))
                 self.rfile.read(size)
                 self.send_response(200)
@@ -143,10 +152,11 @@ class Lab:
         method: str = "POST",
         body: bytes = b"x",
         key: str | None = None,
+        claims: str = "",
     ) -> int:
         """Send one request as a site (`certificate`), signed by a site's node key header; return the status.
 
-        A connection that the proxy ends is 0.
+        `claims` is an address that the client says it has. A connection that the proxy ends is 0.
         """
         context = ssl.create_default_context(cafile=str(self.home.authority_directory / "ca.crt"))
         if certificate is not None:
@@ -157,7 +167,7 @@ class Lab:
             context.load_cert_chain(str(path_of))
         host, _, port = self.door.listen.rpartition(":")
         connection = http.client.HTTPSConnection(host, int(port), context=context, timeout=10)
-        headers = {}
+        headers = {CLIENT_HEADER: claims} if claims else {}
         if node is not None:
             known: SiteKeySet = self.sites[node].request(node).keys
             headers["flwr-public-key"] = KnownNode(node, known.node_key).header

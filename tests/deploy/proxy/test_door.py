@@ -101,6 +101,11 @@ def test_a_signed_request_gets_to_the_endpoint_with_and_without_certificate(lab:
     assert lab.ask(SITE_API, certificate=None, method="GET") in {404, 405}
 
 
+def test_the_endpoint_learns_the_true_address_whatever_a_client_claims(lab: Lab) -> None:
+    assert lab.ask(SITE_API, certificate=None, claims="203.0.113.9") == 200
+    assert lab.backend.clients[-1] == "127.0.0.1"
+
+
 def test_a_body_over_the_limit_is_refused(lab: Lab) -> None:
     before = list(lab.backend.seen)
     chunk, too_long = b"x" * (5 << 20), b"x" * ((BODY_MB << 20) + 1)

@@ -34,6 +34,7 @@ from common.errors import (
 from common.identity import Purpose
 from common.ledger.entries import RevocationReason
 from common.model.tiny import tiny_base_directory
+from deploy.proxy.render import API_BURST, CLIENT_HEADER
 from deploy.server.endpoint import PATH, SiteEndpoint, answer_request
 from server.consortium import ServerHome, create_server_home
 from server.enrolment import approve, revoke
@@ -173,9 +174,9 @@ def test_over_http_a_refusal_has_a_name_and_the_servers_time(scene: Scene) -> No
     endpoint.start()
     try:
 
-        def post(path: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
+        def post(path: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
             connection = http.client.HTTPConnection("127.0.0.1", endpoint.port, timeout=10)
-            connection.request("POST", path, body, headers)
+            connection.request("POST", path, body, headers or {})
             answer = connection.getresponse()
             value = json.loads(answer.read())
             connection.close()
@@ -192,6 +193,11 @@ def test_over_http_a_refusal_has_a_name_and_the_servers_time(scene: Scene) -> No
         assert post(PATH, b"nonsense")[1]["error"] == "EnrolmentInvalid"
         assert post("/else", signed)[0] == 404
         assert post(PATH, b"x" * 70_000)[0] == 413
+        one, other = ({CLIENT_HEADER: f"203.0.113.{number}"} for number in (1, 2))
+        assert [post(PATH, b"nonsense", one)[0] for _ in range(API_BURST)] == [403] * API_BURST
+        status, value = post(PATH, signed, one)
+        assert (status, value["error"]) == (429, "TooFrequent")
+        assert post(PATH, signed, other)[0] == post(PATH, signed)[0] == 200
     finally:
         endpoint.stop()
 

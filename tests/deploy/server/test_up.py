@@ -32,7 +32,13 @@ def consortium(tmp_path: Path) -> Iterator[RealConsortium]:
 
 def verify_carriers_give_memory_back(environments: dict[str, dict[str, str]]) -> None:
     """What carries vectors gives their memory back at once; the agent, which computes, does not."""
-    carriers = ("deploy.server.superlink", "flower-superexec", "flwr-serverapp", "client.supernode", "executor")
+    carriers = (
+        "deploy.server.superlink",
+        "flower-superexec",
+        "flwr-serverapp",
+        "client.supernode",
+        "executor",
+    )
     for name in (*carriers, "client.cli agent", "deploy.site.cli link"):
         found = [one for command, one in environments.items() if name in command]
         assert found, (name, sorted(environments))
