@@ -210,7 +210,7 @@ def run_agent(
 
 @app.command()
 def report(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A frontal chest radiograph (PNG, JPEG).")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A frontal chest radiograph.")],
     release: Annotated[Path, typer.Option("--release", help="Release directory.")],
     indication: Annotated[str, typer.Option(help="Why the study was made.")] = "",
     base: Annotated[Path | None, typer.Option("--base", help="Base model directory, if not tiny.")] = None,
@@ -227,10 +227,12 @@ def report(
     import sys
 
     _one_thread()
-    if operator_key is None and (home / "site.json").is_file():
+    data = None
+    if (home / "site.json").is_file():
         from client.home import open_home
 
-        operator_key = open_home(home).operator_key
+        opened = open_home(home)
+        operator_key, data = operator_key or opened.operator_key, opened.data
     if operator_key is None:
         print("warning: no --operator-key and no enrolled --home: who signed is not checked", file=sys.stderr)
     from client.drafting import draft_findings
@@ -243,6 +245,7 @@ def report(
             base=base,
             operator_key=operator_key,
             allow_unprotected=allow_unprotected,
+            data=data,
         )
     answer(value, as_json=as_json, text=lambda: str(value["findings"]))
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.errors import BaseInvalid
+from common.errors import BaseInvalid, ImageUnreadable
 from common.model.manifest import verify_base
 from common.model.release import open_release
 
@@ -19,11 +19,15 @@ def draft_findings(
     base: Path | None = None,
     operator_key: str | None = None,
     allow_unprotected: bool = False,
+    data: Path | None = None,
 ) -> dict[str, Any]:
     """Verify release and base, read the image and write its findings.
 
     Without `operator_key` (64 hex digits) the release is checked against the key that it names itself, which
     shows damage, not forgery: `operator_checked` is then False.
+
+    An image of a prepared folder is taken as it is; any other (PNG, JPEG, DICOM) is brought into the form in
+    which the images of `data`, this site's prepared folder, were stored.
 
     Returns findings, model (round and adapter hash), release ε and seconds. Raises ReleaseInvalid,
     SignatureInvalid, BaseHashMismatch, ImageUnreadable.
@@ -35,13 +39,17 @@ def draft_findings(
 
     import torch
 
+    from client.data.framing import AS_STORED, prepared_folder, site_framing
     from client.evaluation import generate_reports
-    from common.model.images import load_pixels
+    from client.serving.picture import prepared, read_picture
+    from common.model.images import read_processor
     from common.model.llava import vision_features
     from common.model.loading import load_adapted
     from common.model.prompts import sentence_case
 
-    pixels = torch.from_numpy(load_pixels(image, directory))[None]
+    framing = site_framing(data) if prepared_folder(image) is None else AS_STORED
+    picture = read_picture(_bytes_of(image), framing)
+    pixels = torch.from_numpy(prepared(picture, read_processor(directory)))[None]
     adapted = load_adapted(directory, opened.study.adapter)
     adapted.write_vector(opened.adapter)
     (text,) = generate_reports(
@@ -62,6 +70,13 @@ def draft_findings(
         "release_epsilon": note.release_epsilon or None,
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _bytes_of(image: Path) -> bytes:
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise ImageUnreadable(f"{image}: expected an image, got {type(error).__name__}") from error
 
 
 def _base(name: str, given: Path | None) -> Path:

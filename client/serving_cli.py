@@ -191,7 +191,7 @@ def guard_calibrate(
     from client.serving.workers import WorkerEngine
 
     source, _ = _source(home, release, base, merge=False, allow_unprotected=allow_unprotected)
-    launch = Launch(folder=home, source=source, guard_images=_own_images(home, images))
+    launch = Launch(folder=home, source=source, guard_images=_own_images(home, images), data=_own_data(home))
     path = guard_path(home / "serving", base_files=base_name(source))
     path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Burned-in collimation: the dim strips that shutters leave around the exposed field, cut away.
+"""Burned-in collimation: the dim strips that shutters leave around the exposed field, found.
 
 Guarantees: a side is cut only at a straight edge that runs along nearly the whole width, bright inside and
 darker outside, within the outer `LIMIT` of that side; nothing else is cut. Round and slanted shutters stay.
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client.data.pixels import MIN_SIDE, Gray
+from client.data.pixels import MIN_SIDE, Box, Gray
 
 # Share of a side searched, step in brightness (0 to 1) at the edge, share of the width that shows the step.
 LIMIT, STEP, SHARE = 0.4, 0.08, 0.85
@@ -22,8 +22,8 @@ _SEARCHED = 256
 Floats = npt.NDArray[np.floating[Any]]
 
 
-def crop_collimation(pixels: Gray) -> Gray:
-    """Return the exposed field of a 2-D uint16 image, or all of it where no shutter edge is found."""
+def field_box(pixels: Gray) -> Box:
+    """Find the exposed field of a 2-D uint16 image: all of it where no shutter edge is found."""
     step = max(1, max(pixels.shape) // _SEARCHED)
     small = pixels[::step, ::step].astype(np.float32)
     low, high = np.percentile(small, (1, 99))
@@ -32,8 +32,8 @@ def crop_collimation(pixels: Gray) -> Gray:
     columns = small[top : len(small) - bottom].T
     right, left = _outside(columns), _outside(columns[::-1])
     height, width = pixels.shape
-    field = pixels[top * step : height - bottom * step, left * step : width - right * step]
-    return field if min(field.shape) >= MIN_SIDE else pixels
+    box = Box(top * step, height - bottom * step, left * step, width - right * step)
+    return box if min(box.of(pixels).shape) >= MIN_SIDE else Box(0, height, 0, width)
 
 
 def _outside(image: Floats) -> int:

@@ -60,19 +60,22 @@ IDENTIFYING = (
 )
 
 
-def read_dicom(path: Path, *, pixels: bool) -> Any:
+def read_dicom(source: Path | bytes, *, pixels: bool) -> Any:
     """Read a DICOM file; raises StudyRejected when it is no DICOM, damaged or too large."""
     import pydicom
     from pydicom.errors import InvalidDicomError
 
-    if path.stat().st_size > MAX_FILE_BYTES:
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    if size > MAX_FILE_BYTES:
         raise StudyRejected(Reason.IMAGE_TOO_LARGE)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            bare = not _has_preamble(path)
+            bare = not _has_preamble(source)
             dataset = pydicom.dcmread(
-                _inflated(path) or path, stop_before_pixels=not pixels, force=bare and is_dicom(path)
+                _inflated(source) or (io.BytesIO(source) if isinstance(source, bytes) else source),
+                stop_before_pixels=not pixels,
+                force=bare and is_dicom(source),
             )
             if "SOPClassUID" not in dataset and "DirectoryRecordSequence" not in dataset:
                 raise StudyRejected(Reason.IMAGE_UNREADABLE)
@@ -95,10 +98,9 @@ def read_dicom(path: Path, *, pixels: bool) -> Any:
         raise StudyRejected(Reason.IMAGE_UNREADABLE) from error
 
 
-def is_dicom(path: Path) -> bool:
+def is_dicom(source: Path | bytes) -> bool:
     """Tell whether a file has the DICOM preamble, or starts as a dataset of old archives without one does."""
-    with path.open("rb") as handle:
-        head = handle.read(132)
+    head = _head(source)
     if head[128:] == b"DICM":
         return True
     group, vr, length = head[:2], head[4:6], int.from_bytes(head[4:8], "little")
@@ -237,9 +239,15 @@ def coded_dimensions(frame: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _has_preamble(path: Path) -> bool:
-    with path.open("rb") as handle:
-        return handle.read(132)[128:] == b"DICM"
+def _head(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:132]
+    with source.open("rb") as handle:
+        return handle.read(132)
+
+
+def _has_preamble(source: Path | bytes) -> bool:
+    return _head(source)[128:] == b"DICM"
 
 
 def _native_syntax(dataset: Any) -> Any:
@@ -248,20 +256,24 @@ def _native_syntax(dataset: Any) -> Any:
     return ImplicitVRLittleEndian if dataset.original_encoding[0] else ExplicitVRLittleEndian
 
 
-def _inflated(path: Path) -> io.BytesIO | None:
+def _inflated(source: Path | bytes) -> io.BytesIO | None:
     """Return a deflated file as a plain one, inflated within the size limit; None when it is not deflated."""
-    from pydicom.filereader import read_file_meta_info
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.filereader import read_dataset
     from pydicom.filewriter import write_file_meta_info
     from pydicom.uid import ExplicitVRLittleEndian
 
-    if not _has_preamble(path):
+    if not _has_preamble(source):
         return None
-    meta = read_file_meta_info(path)
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as handle:
+        handle.seek(132)
+        meta = FileMetaDataset(read_dataset(handle, False, True, stop_when=lambda tag, *_: tag.group != 2))
     if meta.get("TransferSyntaxUID") != _DEFLATED:
         return None
     start = 132 + 12 + int(meta.FileMetaInformationGroupLength)
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    body = inflater.decompress(path.read_bytes()[start:], MAX_FILE_BYTES)
+    whole = source if isinstance(source, bytes) else source.read_bytes()
+    body = inflater.decompress(whole[start:], MAX_FILE_BYTES)
     if inflater.unconsumed_tail:
         raise StudyRejected(Reason.IMAGE_TOO_LARGE)
     meta.TransferSyntaxUID = ExplicitVRLittleEndian

@@ -8,8 +8,8 @@ text (`burned_in.py` does) and does not judge diagnostic quality.
 from __future__ import annotations
 
 import io
-import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,22 +26,47 @@ MIN_SIDE = 64
 _FORMATS = ("JPEG", "PNG")
 
 
-def decode_raster(path: Path) -> Gray:
+class Box(NamedTuple):
+    """A part of an image: rows `top` to `bottom`, columns `left` to `right`, ends excluded."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def of(self, pixels: Gray) -> Gray:
+        return pixels[self.top : self.bottom, self.left : self.right]
+
+
+def decode_raster(source: Path | bytes) -> Gray:
     """Decode a JPEG or PNG file to a 2-D uint16 array over the full range; raises StudyRejected."""
-    if path.stat().st_size > MAX_FILE_BYTES:
+    return grey_of(read_raster(source))
+
+
+def grey_of(image: Image.Image) -> Gray:
+    """Return a Pillow image as 2-D uint16 over the full range; colour by its luminance."""
+    if image.mode in ("I;16", "I;16B", "I"):
+        return np.clip(np.asarray(image, dtype=np.int64), 0, 65535).astype(np.uint16)
+    return np.asarray(image.convert("L"), dtype=np.uint16) * np.uint16(257)
+
+
+def read_raster(source: Path | bytes) -> Image.Image:
+    """Read a JPEG or PNG file, upright as its EXIF says; raises StudyRejected.
+
+    Changes no warning filter, so that threads may read at the same time.
+    """
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    if size > MAX_FILE_BYTES:
         raise StudyRejected(Reason.IMAGE_TOO_LARGE)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            with Image.open(path, formats=_FORMATS) as image:
-                verify_dimensions(*image.size)
-                if getattr(image, "n_frames", 1) != 1:
-                    raise StudyRejected(Reason.NOT_ORIGINAL)
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                if upright.mode in ("I;16", "I;16B", "I"):
-                    return np.clip(np.asarray(upright, dtype=np.int64), 0, 65535).astype(np.uint16)
-                return np.asarray(upright.convert("L"), dtype=np.uint16) * np.uint16(257)
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS
+        ) as image:
+            verify_dimensions(*image.size)
+            if getattr(image, "n_frames", 1) != 1:
+                raise StudyRejected(Reason.NOT_ORIGINAL)
+            image.load()
+            return ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise StudyRejected(Reason.IMAGE_TOO_LARGE) from error
     except (OSError, SyntaxError, ValueError, EOFError, Warning) as error:
@@ -76,16 +101,20 @@ def fit_within(pixels: Gray, *, max_side: int) -> Gray:
     return rounded
 
 
-def encode_png(pixels: Gray, *, bits: int) -> bytes:
+def in_depth(pixels: Gray, *, bits: int) -> npt.NDArray[np.uint8] | Gray:
+    """Round 16 bits to 8, or leave them."""
+    return pixels if bits == 16 else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def encode_png(values: npt.NDArray[np.uint8] | Gray) -> bytes:
     """Encode as an 8-bit or 16-bit grey PNG without any metadata."""
     buffer = io.BytesIO()
-    data = pixels if bits == 16 else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    Image.fromarray(data).save(buffer, "PNG", compress_level=4)
+    Image.fromarray(values).save(buffer, "PNG", compress_level=4)
     return buffer.getvalue()
 
 
-def crop_border(pixels: Gray, *, limit: float = 0.3) -> Gray:
-    """Cut even borders (collimation, air, frames): rows and columns whose spread is under 3 % of the range.
+def border_box(pixels: Gray, *, limit: float = 0.3) -> Box:
+    """Find what even borders (collimation, air, frames) enclose: there, rows and columns spread over 3 %.
 
     At most `limit` of a side goes from each edge, and never so much that a side falls under `MIN_SIDE`.
     """
@@ -96,10 +125,9 @@ def crop_border(pixels: Gray, *, limit: float = 0.3) -> Gray:
     columns = np.percentile(small, 98, axis=0) - np.percentile(small, 2, axis=0) < spread
     top, bottom = _even_ends(rows, limit)
     left, right = _even_ends(columns, limit)
-    cropped = pixels[
-        top * step : pixels.shape[0] - bottom * step, left * step : pixels.shape[1] - right * step
-    ]
-    return cropped if min(cropped.shape) >= MIN_SIDE else pixels
+    height, width = pixels.shape
+    box = Box(top * step, height - bottom * step, left * step, width - right * step)
+    return box if min(box.of(pixels).shape) >= MIN_SIDE else Box(0, height, 0, width)
 
 
 def _even_ends(even: npt.NDArray[np.bool_], limit: float) -> tuple[int, int]:

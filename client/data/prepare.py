@@ -162,7 +162,6 @@ def _images(
 ) -> tuple[tuple[str, ...], str, tuple[Known, ...], dict[str, Any]]:
     from client.data.anatomy import FLAG, QUARANTINE, chest_score
     from client.data.burned_in import has_burned_in_text
-    from client.data.collimation import crop_collimation
     from client.data.dicom import (
         decode_dicom,
         is_dicom,
@@ -172,8 +171,10 @@ def _images(
     )
     from client.data.dicom_header import deidentify_header
     from client.data.duplicates import thumbnail
-    from client.data.pixels import crop_border, decode_raster, encode_png, fit_within, verify_not_blank
+    from client.data.framing import Framing, frame_radiograph
+    from client.data.pixels import decode_raster, encode_png, verify_not_blank
 
+    framing = Framing(max_side=recipe.max_side, bits=recipe.bits)
     known: list[Known] = [("id", source.patient), ("id", source.study), *source.known]
     chosen, view = frontal_images(source.images)
     names: list[str] = []
@@ -193,19 +194,18 @@ def _images(
         verify_not_blank(pixels)
         if recipe.check_writing and has_burned_in_text(pixels):
             raise StudyRejected(Reason.BURNED_IN_TEXT)
-        pixels = crop_collimation(crop_border(pixels))
-        if recipe.check_chest and (score := chest_score(pixels)) < FLAG:
+        framed = frame_radiograph(pixels, framing)
+        if recipe.check_chest and (score := chest_score(framed.field)) < FLAG:
             if score < QUARANTINE:
                 raise StudyRejected(Reason.UNLIKE_CHEST)
             flags.add("unlike-a-chest")
-        pixels = fit_within(pixels, max_side=recipe.max_side)
-        content = encode_png(pixels, bits=recipe.bits)
+        content = encode_png(framed.values)
         digest = hashlib.sha256(content).hexdigest()
         if digest in digests:
             continue
         names.append(f"images/{study[1:3]}/{study}-{len(names)}.png")
         digests.append(digest)
-        thumbnails.append(thumbnail(pixels))
+        thumbnails.append(thumbnail(framed.stored))
         if recipe.staging is not None:
             store_image(recipe.staging, names[-1], content)
             if recipe.with_dicom and dataset is not None:

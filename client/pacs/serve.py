@@ -49,11 +49,10 @@ async def _write(
     """Draft an image and leave it on the worklist for a reader."""
     from client.serving.engine import Finish, Token
     from client.serving.page.reading import ReadingRoom
-    from client.serving.picture import read_picture
     from client.serving.service import Draft, DraftRequest
     from common.errors import CaseDecided, DraftUnknown
 
-    picture = await asyncio.to_thread(read_picture, data)
+    picture = await service.read(data)
     pieces: list[str] = []
     draft: Draft | None = None
     async for event in service.draft(DraftRequest(picture, user=user, indication=indication)):

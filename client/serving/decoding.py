@@ -140,16 +140,16 @@ class BatchDecoder:
         """Return the frozen tower's features [1, N, D] of the question's picture, kept for the next time."""
         import torch
 
-        found = self._features.get(ask.picture_sha256)
+        found = self._features.get(ask.picture_key)
         if found is None:
             with torch.inference_mode():
                 pixels = torch.from_numpy(ask.pixels)[None].to(self._device)
                 found = vision_features(self._model, pixels)
-            self._features[ask.picture_sha256] = found
+            self._features[ask.picture_key] = found
             size = found.numel() * found.element_size()
             while len(self._features) > 1 and len(self._features) * size > self._feature_bytes:
                 self._features.popitem(last=False)
-        self._features.move_to_end(ask.picture_sha256)
+        self._features.move_to_end(ask.picture_key)
         return found
 
     def image_vector(self, ask: Ask) -> NDArray[np.float32]:
@@ -192,7 +192,7 @@ class BatchDecoder:
         slot, written = len(self._rows), row.ask.written
         ids = (*row.prompt, *written)
         self._cache.reserve(slots=slot + 1, positions=len(row.prompt) + row.limit)
-        start, held = self._prefixes.find(row.ask.picture_sha256, row.prompt)
+        start, held = self._prefixes.find(row.ask.picture_key, row.prompt)
         if self._image_id in ids[start:]:
             start = 0
         if start:
@@ -216,8 +216,8 @@ class BatchDecoder:
             use_cache=True,
         ).last_hidden_state
         row.length, row.cached = len(ids), start
-        if self._prefixes.wants(row.ask.picture_sha256, row.prompt):
-            self._prefixes.store(row.ask.picture_sha256, row.prompt, self._cache.read(slot, len(row.prompt)))
+        if self._prefixes.wants(row.ask.picture_key, row.prompt):
+            self._prefixes.store(row.ask.picture_key, row.prompt, self._cache.read(slot, len(row.prompt)))
         logits = self._head(hidden[:, many - len(written) - 1 :])[0].float()
         if written:  # a resumed answer: what was said keeps its probabilities
             known = torch.log_softmax(logits[:-1], -1)

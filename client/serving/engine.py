@@ -72,10 +72,10 @@ class Finish(StrEnum):
 class Ask:
     """One study's question: prepared pixels float32 [3, H, W] and the words that fill the prompt.
 
-    `picture_sha256` names the image in caches; `written` are tokens already answered (a resumed answer).
+    `picture_key` names the pixels in caches; `written` are tokens already answered (a resumed answer).
     """
 
-    picture_sha256: str
+    picture_key: str
     pixels: NDArray[np.float32] = field(repr=False, compare=False)
     indication: str = ""
     options: Options = AS_TRAINED

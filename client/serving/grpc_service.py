@@ -7,7 +7,6 @@ a status with the error's name.
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from client import drafting_pb2, drafting_pb2_grpc
 from client.serving.engine import ModelVersion, Token
 from client.serving.guard import Decision
 from client.serving.http import options_of, status_of
-from client.serving.picture import MAX_PICTURE_BYTES, read_picture
+from client.serving.picture import MAX_PICTURE_BYTES
 from client.serving.service import Draft, DraftingService, DraftRequest
 from common.errors import FedRadError, ServingRefused
 
@@ -49,7 +48,7 @@ async def start_grpc(service: DraftingService, path: Path, *, user: str) -> grpc
 
         async def Draft(self, request: Any, context: Any) -> AsyncIterator[Any]:
             try:
-                picture = await asyncio.to_thread(read_picture, request.image)
+                picture = await service.read(request.image)
                 asked = DraftRequest(
                     picture,
                     user,

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.framing import AS_IMPORTED, AS_STORED, Framing, prepared_folder
 from client.serving.guard_image import (
     LEAST_PICTURES,
     ImageGuard,
@@ -76,7 +77,9 @@ class CalibratedGuard:
         """Refuse a wrong image, wrong words, or both; header facts of a DICOM file count first."""
         score = _FARTHEST  # features that are no numbers are as far as can be
         if np.isfinite(features).all():
-            found = self.image.score(look(picture.pixels)[None], tower_vector(features)[None])
+            found = self.image.score(
+                look(picture.gray, colour=picture.colour)[None], tower_vector(features)[None]
+            )
             score = min(float(found[0]), _FARTHEST)
         far = score > self.image.threshold
         english, chinese, code = [], [], ""
@@ -117,16 +120,23 @@ def pick_pictures(paths: Sequence[Path], *, most: int = _MOST_PICTURES) -> list[
 
 
 async def calibrate_guard(
-    paths: Sequence[Path], features: Features, *, progress: Progress, false_refusals: float = 0.015
+    paths: Sequence[Path],
+    features: Features,
+    *,
+    progress: Progress,
+    framing: Framing = AS_IMPORTED,
+    false_refusals: float = 0.015,
 ) -> ImageGuard:
     """Calibrate on the site's own frontal images; unreadable ones are left out.
 
-    Raises GuardNotCalibrated with too few of them.
+    Files of a prepared folder are taken as they are, others brought into stored form. Raises
+    GuardNotCalibrated with too few of them.
     """
     pictures: list[Picture] = []
     for path in paths:
         try:
-            pictures.append(read_picture(path.read_bytes()))
+            stored = prepared_folder(path) is not None
+            pictures.append(read_picture(path.read_bytes(), AS_STORED if stored else framing))
         except (OSError, FedRadError):
             continue
     if len(pictures) < LEAST_PICTURES:
@@ -135,7 +145,7 @@ async def calibrate_guard(
         )
     rng = np.random.default_rng(_SEED)
     many = max(400, min(2 * len(pictures), 1200))
-    bad = [spoiled(pictures[int(rng.integers(len(pictures)))].pixels, rng) for _ in range(many)]
+    bad = [spoiled(pictures[int(rng.integers(len(pictures)))].gray, rng) for _ in range(many)]
     bad += [drawn(rng) for _ in range(many // 4)]
     strangers = [Picture(f"stranger-{number}", pixels, "png") for number, pixels in enumerate(bad)]
     towers: list[NDArray[np.float32]] = []
@@ -144,7 +154,7 @@ async def calibrate_guard(
         progress("guard calibration", done + 1, len(pictures) + len(strangers))
     split = len(pictures)
     return calibrate(
-        stacked([one.pixels for one in pictures]),
+        np.stack([look(one.gray, colour=one.colour) for one in pictures]),
         np.stack(towers[:split]),
         bad_looks=stacked(bad),
         bad_towers=np.stack(towers[split:]),

@@ -72,9 +72,8 @@ class ImageGuard:
         return found
 
 
-def look(picture: NDArray[np.uint8]) -> Floats:
-    """Describe a picture, uint8 [H, W] or [H, W, 3], by shades, edges and colour; float32 [L]."""
-    gray, colour = _gray(picture)
+def look(gray: Gray, *, colour: float = 0.0) -> Floats:
+    """Describe a picture, uint8 [H, W], by shades, edges and how coloured it came; float32 [L]."""
     small = _resized(gray, SIDE).astype(np.float32)
     flat = _equalized(small)
     gy, gx = np.gradient(flat)
@@ -119,9 +118,8 @@ def tower_vector(features: Floats) -> Floats:
     return np.concatenate([features.mean(0), features.std(0)]).astype(np.float32)
 
 
-def spoiled(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+def spoiled(gray: Gray, rng: np.random.Generator) -> Gray:
     """Spoil a picture in one of several ways, so that it is no upright frontal chest any more."""
-    gray, _ = _gray(picture)
     height, width = gray.shape
     way = int(rng.integers(8))
     if way < 3:
@@ -292,15 +290,6 @@ def _logistic(rows: Floats, bad: NDArray[Any], *, ridge: float = 3e-3) -> tuple[
     return found.x[:-1].astype(np.float32), float(found.x[-1])
 
 
-def _gray(picture: NDArray[np.uint8]) -> tuple[Gray, float]:
-    """Return luminance and how coloured the picture is, 0 to 1."""
-    if picture.ndim == 2:
-        return picture, 0.0
-    values = picture.astype(np.float32)
-    colour = float((values.max(2) - values.min(2)).mean() / 255)
-    return (values @ np.array([0.299, 0.587, 0.114], np.float32)).astype(np.uint8), colour
-
-
 def _resized(gray: Gray, side: int) -> Gray:
     from PIL import Image
 
@@ -322,6 +311,6 @@ def _correlation(one: Floats, other: Floats) -> float:
     return float(a @ b) / size if size > 1e-9 else 0.0
 
 
-def stacked(pictures: Sequence[NDArray[np.uint8]]) -> Floats:
+def stacked(pictures: Sequence[Gray]) -> Floats:
     """Describe several pictures, float32 [N, L]."""
-    return np.stack([look(picture) for picture in pictures])
+    return np.stack([look(one) for one in pictures])

@@ -21,7 +21,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from client.serving.engine import Options, Token
 from client.serving.guard import Decision
 from client.serving.limits import RateLimit
-from client.serving.picture import read_picture
 from client.serving.service import DraftingService, DraftRequest, draft_value
 from client.serving.users import TokenFile, User
 from common.errors import (
@@ -212,13 +211,11 @@ async def report(
     no_repeat_ngram: int = 0,
 ) -> Response:
     """Draft the findings of one image: the body, or the part `image` of a multipart form."""
-    import asyncio
-
     data, fields_ = await _image_of(request)
     indication = fields_.get("indication", indication)
     options = options_of(max_new_tokens=max_new_tokens, no_repeat_ngram=no_repeat_ngram)
-    picture = await asyncio.to_thread(read_picture, data)
     service: DraftingService = request.app.state.service
+    picture = await service.read(data)
     asked = DraftRequest(picture, user, indication, fields_.get("question", question), options)
     if stream:
         return StreamingResponse(_events(service, asked), media_type="text/event-stream")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.access import AccessLog
+from client.data.framing import Framing, site_framing
 from client.serving.engine import Ask
 from client.serving.guard import CalibratedGuard, calibrate_guard, guard_path, pick_pictures, read_guard
 from client.serving.guard_image import format_guard
@@ -80,6 +81,11 @@ class Launch:
     pacs: Path | None = None
     data: Path | None = None
 
+    @property
+    def framing(self) -> Framing:
+        """How this site's images were stored; raises DatasetInvalid."""
+        return site_framing(self.data, *self.guard_images[:1])
+
 
 def verify_listening(launch: Launch, *, has_tokens: bool) -> None:
     """Raise ServingRefused for an address, or an openness, that was not asked for in full."""
@@ -134,7 +140,9 @@ async def open_service(
         guard = await site_guard(launch, engine, progress=progress) if launch.guarded else None
         access = AccessLog(launch.folder / "access")
         active = Active(engine, guard, read_processor(launch.source.base))
-        service = DraftingService(active, access=access, keep_drafts=launch.keep_drafts)
+        service = DraftingService(
+            active, access=access, framing=launch.framing, keep_drafts=launch.keep_drafts
+        )
         service.metrics.serving(engine.model)
         return service
     except BaseException:
@@ -152,7 +160,9 @@ async def site_guard(launch: Launch, engine: WorkerEngine, *, progress: Progress
     async def features(picture: Picture) -> Any:
         return await engine.image_vector(Ask(picture.sha256, prepared(picture, processor)))
 
-    made = await calibrate_guard(pick_pictures(launch.guard_images), features, progress=progress)
+    made = await calibrate_guard(
+        pick_pictures(launch.guard_images), features, progress=progress, framing=launch.framing
+    )
     write_atomic(path, format_guard(made), mode=0o600)
     return CalibratedGuard(made)
 

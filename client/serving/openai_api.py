@@ -20,6 +20,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from client.data.framing import Framing
 from client.serving.engine import Finish, Token
 from client.serving.guard import Decision
 from client.serving.http import LimitedUser, error_value, options_of
@@ -56,8 +57,8 @@ async def chat_completions(request: Request, user: LimitedUser) -> Response:
         body = json.loads(await request.body())
     except ValueError as error:
         raise RequestRefused("expected a JSON body, got something else") from error
-    asked, wanted = await asyncio.to_thread(parse_chat, body, user)
     service: DraftingService = request.app.state.service
+    asked, wanted = await asyncio.to_thread(parse_chat, body, user, service.framing)
     if body.get("stream"):
         return StreamingResponse(_chunks(service, asked, wanted), media_type="text/event-stream")
     draft = await service.draft_whole(asked)
@@ -75,7 +76,7 @@ async def chat_completions(request: Request, user: LimitedUser) -> Response:
     return JSONResponse(value)
 
 
-def parse_chat(body: Any, user: str) -> tuple[DraftRequest, dict[str, bool]]:
+def parse_chat(body: Any, user: str, framing: Framing) -> tuple[DraftRequest, dict[str, bool]]:
     """Turn a chat request into a draft request; raises RequestRefused or ImageUnreadable."""
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
         raise RequestRefused("expected an object with messages, got something else")
@@ -95,7 +96,7 @@ def parse_chat(body: Any, user: str) -> tuple[DraftRequest, dict[str, bool]]:
         raise RequestRefused("expected max_tokens as a whole number")
     indication, question = split_words(words)
     request = DraftRequest(
-        read_picture(images[0]), user, indication, question, options_of(max_new_tokens=limit)
+        read_picture(images[0], framing), user, indication, question, options_of(max_new_tokens=limit)
     )
     stream = body.get("stream_options") or {}
     wanted = {

@@ -1,19 +1,21 @@
-"""One image as it arrives: PNG, JPEG or DICOM bytes to pixels, with what its header says.
+"""One image as it arrives, PNG, JPEG or DICOM bytes, in the form in which this site stores its images.
 
-Guarantees: the bytes decide the kind, not a name or content type; declared dimensions are checked before
-pixels are decompressed; a damaged file is an error. It does not judge what is shown (`guard.py` does).
+Decoding, cropping, size and depth are the import's own functions (`client/data/framing.py`), so that a model
+is asked about the pixels it would have been trained on. Guarantees: the bytes decide the kind, not a name or
+content type; declared dimensions are checked before pixels are decompressed; a damaged file is an error.
+It does not judge what is shown (`guard.py` does).
 """
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.framing import AS_IMPORTED, Framed, Framing, frame_radiograph
 from common.canonical import sha256_hex
 from common.errors import ImageUnreadable, StudyRejected
 
@@ -21,16 +23,17 @@ if TYPE_CHECKING:
     from common.model.images import ImageProcessor
 
 MAX_PICTURE_BYTES = 64 << 20
-MAX_PIXELS = 64_000_000
-MIN_SIDE = 32
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+_COLOUR_SIDE = 64
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Pixels uint8 [H, W] or [H, W, 3], air dark; `sha256` is that of the file's bytes.
+    """Pixels uint8 [H, W] (or [H, W, 3] as stored), air dark; `sha256` is that of the file's bytes.
 
-    `kind` is png, jpeg or dicom; `modality`, `body_part`, `view` and `not_chest` come from a DICOM header
-    and are '' or False for the others. `color` tells that the channels differ.
+    `kind` is png, jpeg or dicom; `modality`, `body_part`, `view` and `not_chest` come from a DICOM header and
+    are '' or False for the others. `colour` says how far channels differ in what arrived, 0 to 1. `box` is
+    what part of the decoded image the pixels show: left, top, right, bottom as shares of its sides.
     """
 
     sha256: str
@@ -40,6 +43,13 @@ class Picture:
     body_part: str = ""
     view: str = ""
     not_chest: bool = False
+    colour: float = 0.0
+    box: tuple[float, float, float, float] = WHOLE
+
+    @property
+    def key(self) -> str:
+        """Name these pixels in caches: one file has others in another framing."""
+        return sha256_hex(repr(self.pixels.shape).encode() + self.pixels.tobytes())
 
     @property
     def gray(self) -> NDArray[np.uint8]:
@@ -50,26 +60,24 @@ class Picture:
         return (self.pixels.astype(np.float32) @ weights).astype(np.uint8)
 
 
-def read_picture(data: bytes) -> Picture:
-    """Decode an image file; raises ImageUnreadable."""
+def read_picture(data: bytes, framing: Framing = AS_IMPORTED) -> Picture:
+    """Decode an image file and bring it into stored form; raises ImageUnreadable.
+
+    With a framing that does not cut, a PNG or JPEG is read as training reads a stored file.
+    """
+    from client.data.dicom import is_dicom
+
     if len(data) > MAX_PICTURE_BYTES:
         raise ImageUnreadable(f"expected an image of at most {MAX_PICTURE_BYTES} bytes, got {len(data)}")
-    if data[128:132] == b"DICM":
-        return _read_dicom(data)
-    from PIL import Image, ImageOps
-
     kind = "png" if data.startswith(b"\x89PNG\r\n\x1a\n") else "jpeg" if data.startswith(b"\xff\xd8") else ""
-    if not kind:
-        raise ImageUnreadable("expected a PNG, JPEG or DICOM file, got something else")
     try:
-        with Image.open(io.BytesIO(data), formats=(kind.upper(),)) as opened:
-            _verify_sides(*opened.size)
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            pixels = _to_bytes(upright)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageUnreadable(f"expected a whole image, got {type(error).__name__}") from error
-    return Picture(sha256_hex(data), pixels, kind)
+        if kind:
+            return _read_raster(data, kind, framing)
+        if is_dicom(data):
+            return _read_dicom(data, framing)
+    except StudyRejected as error:
+        raise ImageUnreadable(f"expected a readable image, got one rejected: {error}") from error
+    raise ImageUnreadable("expected a PNG, JPEG or DICOM file, got something else")
 
 
 def prepared(picture: Picture, processor: ImageProcessor) -> NDArray[np.float32]:
@@ -81,40 +89,57 @@ def prepared(picture: Picture, processor: ImageProcessor) -> NDArray[np.float32]
     return prepare(Image.fromarray(picture.pixels).convert("RGB"), processor)
 
 
-def _to_bytes(image: Any) -> NDArray[np.uint8]:
-    if image.mode in {"I", "F", "I;16", "I;16B", "I;16L"}:
-        values = np.asarray(image, dtype=np.float64)
-        span = float(values.max() - values.min()) or 1.0
-        return np.asarray((values - values.min()) * (255 / span)).astype(np.uint8)
-    if image.mode in {"L", "1", "LA"}:
-        return np.asarray(image.convert("L"))
-    colored = np.asarray(image.convert("RGB"))
-    one = colored[..., 0]
-    if (one == colored[..., 1]).all() and (one == colored[..., 2]).all():
-        return np.ascontiguousarray(one)
-    return colored
+def placed(
+    part: tuple[float, float, float, float], box: tuple[float, float, float, float]
+) -> tuple[float, float, float, float]:
+    """Return where a part of a box lies on the whole: left, top, right, bottom as shares of sides."""
+    wide, tall = box[2] - box[0], box[3] - box[1]
+    return (
+        box[0] + part[0] * wide,
+        box[1] + part[1] * tall,
+        box[0] + part[2] * wide,
+        box[1] + part[3] * tall,
+    )
 
 
-def _verify_sides(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS or min(width, height) < MIN_SIDE:
-        raise ImageUnreadable(
-            f"expected sides of at least {MIN_SIDE} and {MAX_PIXELS} pixels at most, got {width} × {height}"
-        )
+def _read_raster(data: bytes, kind: str, framing: Framing) -> Picture:
+    from client.data.pixels import grey_of, read_raster
+
+    image = read_raster(data)
+    if framing.cut:
+        framed = frame_radiograph(grey_of(image), framing)
+        return Picture(sha256_hex(data), _stored_bytes(framed), kind, colour=_colour(image), box=framed.box)
+    from common.model.images import read_rgb
+
+    pixels = np.asarray(read_rgb(io.BytesIO(data)))
+    if (pixels == pixels[..., :1]).all():
+        return Picture(sha256_hex(data), np.ascontiguousarray(pixels[..., 0]), kind)
+    return Picture(sha256_hex(data), pixels, kind, colour=_colour(image))
 
 
-def _read_dicom(data: bytes) -> Picture:
-    import tempfile
+def _stored_bytes(framed: Framed) -> NDArray[np.uint8]:
+    """What reading the stored PNG gives: 16-bit greys scaled to their own range."""
+    from common.model.images import scaled_to_bytes
 
+    values = framed.values
+    return values.astype(np.uint8) if values.dtype == np.uint8 else scaled_to_bytes(values)
+
+
+def _colour(image: Any) -> float:
+    from PIL import Image
+
+    if image.mode in ("1", "L", "LA") or image.mode.startswith(("I", "F")):
+        return 0.0
+    small = image.convert("RGB").resize((_COLOUR_SIDE, _COLOUR_SIDE), Image.Resampling.BOX)
+    values = np.asarray(small, np.float32)
+    return float((values.max(2) - values.min(2)).mean() / 255)
+
+
+def _read_dicom(data: bytes, framing: Framing) -> Picture:
     from client.data.dicom import decode_dicom, read_dicom, text_of, verify_chest_radiograph, view_of
 
-    with tempfile.NamedTemporaryFile(suffix=".dcm") as file:
-        file.write(data)
-        file.flush()
-        try:
-            dataset = read_dicom(Path(file.name), pixels=True)
-            pixels = (decode_dicom(dataset) // 257).astype(np.uint8)
-        except StudyRejected as error:
-            raise ImageUnreadable(f"expected a readable DICOM image, got one rejected: {error}") from error
+    dataset = read_dicom(data, pixels=True)
+    framed = frame_radiograph(decode_dicom(dataset), framing)
     try:
         verify_chest_radiograph(dataset)
         not_chest = False
@@ -122,10 +147,11 @@ def _read_dicom(data: bytes) -> Picture:
         not_chest = True
     return Picture(
         sha256_hex(data),
-        pixels,
+        _stored_bytes(framed),
         "dicom",
         modality=text_of(dataset, "Modality")[:16],
         body_part=text_of(dataset, "BodyPartExamined")[:64],
         view=view_of(dataset),
         not_chest=not_chest,
+        box=framed.box,
     )

@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.access import AccessLog, AccessRecord, Action
+from client.data.framing import AS_IMPORTED, AS_STORED, Framing
 from client.serving.canary import CanaryFigures, canary_faults, run_canary
 from client.serving.engine import AS_TRAINED, Ask, Finish, ModelVersion, Options, Sentence, Token
 from client.serving.guard import ALLOWED_UNGUARDED, Decision, Guard
 from client.serving.guard_question import is_specific
 from client.serving.metrics import ServingMetrics
-from client.serving.picture import Picture, prepared
+from client.serving.picture import Picture, prepared, read_picture
 from client.serving.source import ReleaseSource
 from client.serving.workers import WorkerEngine
 from common.canonical import canonical_json
@@ -116,13 +117,14 @@ class DraftingService:
         active: Active,
         *,
         access: AccessLog,
+        framing: Framing = AS_IMPORTED,
         metrics: ServingMetrics | None = None,
         keep_drafts: bool = True,
         remember: int = 256,
         clock_s: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
-        self._active, self._access = active, access
+        self._active, self._access, self._framing = active, access, framing
         self.metrics = metrics or ServingMetrics()
         self._keep_drafts, self._remember = keep_drafts, remember
         self._clock_s, self._wall_s = clock_s, wall_s
@@ -156,6 +158,18 @@ class DraftingService:
     @property
     def guarded(self) -> bool:
         return self._active.guard is not None
+
+    @property
+    def framing(self) -> Framing:
+        """How this site's import stores images, and so how a model is asked about new ones."""
+        return self._framing
+
+    async def read(self, data: bytes, *, stored: bool = False) -> Picture:
+        """Read an image as this site's import would have stored it, or one that is `stored` as it is.
+
+        Raises ImageUnreadable.
+        """
+        return await asyncio.to_thread(read_picture, data, AS_STORED if stored else self._framing)
 
     async def draft(self, request: DraftRequest) -> AsyncIterator[Decision | Token | Draft]:
         """Give the decision, then tokens, then the draft; raises what the engine raises.

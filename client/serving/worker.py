@@ -132,7 +132,7 @@ def format_ask(op: str, number: int, ask: Ask, **more: Any) -> bytes:
     head = {
         "op": op,
         "id": number,
-        "picture": ask.picture_sha256,
+        "picture": ask.picture_key,
         "shape": list(ask.pixels.shape),
         "indication": ask.indication,
         "options": asdict(ask.options),

@@ -11,11 +11,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import BaseInvalid, ImageUnreadable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MAX_PIXELS = 64_000_000
 
@@ -77,20 +81,37 @@ def load_pixels(path: Path, base: Path | ImageProcessor) -> NDArray[np.float32]:
 
     16-bit greys are scaled to their own range. Raises ImageUnreadable with the file's name.
     """
+    processor = base if isinstance(base, ImageProcessor) else read_processor(base)
+    return prepare(read_rgb(path), processor)
+
+
+def read_rgb(source: Path | BinaryIO) -> Image:
+    """Read one stored image as RGB, as training sees it; 16-bit greys are scaled to their own range.
+
+    Raises ImageUnreadable, with the file's name where there is one.
+    """
     from PIL import Image
 
-    processor = base if isinstance(base, ImageProcessor) else read_processor(base)
+    named = f"{source}: " if isinstance(source, Path) else ""
     try:
-        with Image.open(path) as opened:
+        with Image.open(source) as opened:
             if opened.width * opened.height > MAX_PIXELS:
-                raise ImageUnreadable(f"{path}: expected at most {MAX_PIXELS} pixels, got {opened.size}")
+                raise ImageUnreadable(f"{named}expected at most {MAX_PIXELS} pixels, got {opened.size}")
             opened.load()
-            picture = _rgb(opened)
+            if opened.mode in {"I", "F", "I;16", "I;16B", "I;16L"}:
+                return Image.fromarray(scaled_to_bytes(np.asarray(opened))).convert("RGB")
+            return opened.convert("RGB")
     except ImageUnreadable:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageUnreadable(f"{path}: expected a whole image, got {type(error).__name__}") from error
-    return prepare(picture, processor)
+        raise ImageUnreadable(f"{named}expected a whole image, got {type(error).__name__}") from error
+
+
+def scaled_to_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scale deep greys to their own range, 0 to 255."""
+    deep = values.astype(np.float64)
+    span = float(deep.max() - deep.min()) or 1.0
+    return np.asarray((deep - deep.min()) * (255 / span)).astype(np.uint8)
 
 
 def prepare(picture: object, processor: ImageProcessor) -> NDArray[np.float32]:
@@ -113,19 +134,6 @@ def prepare(picture: object, processor: ImageProcessor) -> NDArray[np.float32]:
     values -= np.array(processor.mean, np.float32)
     values /= np.array(processor.std, np.float32)
     return np.ascontiguousarray(values.transpose(2, 0, 1))
-
-
-def _rgb(picture: object) -> object:
-    """Convert to RGB; deep greys keep their range."""
-    from PIL import Image
-
-    if not isinstance(picture, Image.Image):
-        raise TypeError("expected a Pillow image")
-    if picture.mode in {"I", "F", "I;16", "I;16B", "I;16L"}:
-        values = np.asarray(picture, dtype=np.float64)
-        span = float(values.max() - values.min()) or 1.0
-        picture = Image.fromarray(((values - values.min()) * (255 / span)).astype(np.uint8))
-    return picture.convert("RGB")
 
 
 def _count(value: object) -> int:

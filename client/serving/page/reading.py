@@ -21,7 +21,7 @@ from client.data.store import Pair, read_pairs
 from client.serving.engine import Token
 from client.serving.grounding import grid_side, picture_box
 from client.serving.guard import Decision
-from client.serving.picture import Picture, read_picture
+from client.serving.picture import Picture, placed
 from client.serving.retrieval import CaseIndex, PriorCase, build_index
 from client.serving.service import Draft, DraftRequest, draft_value
 from client.serving.worklist import (
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from client.serving.service import DraftingService
 
 MAX_SHOWN_SIDE = 2560
+SITE = "site"  # a case of the site's own prepared data, whose picture is in stored form already
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class ReadingRoom:
         self, data: bytes, *, indication: str, source: str = "upload", patient: Patient | None = None
     ) -> Case:
         """Take a picture into the worklist; a DICOM header says who it is. Raises ImageUnreadable."""
-        picture = await asyncio.to_thread(read_picture, data)
+        picture = await self.service.read(data, stored=source == SITE)
         who, said = patient or Patient(), ""
         if picture.kind == "dicom":
             who, said = await asyncio.to_thread(_header, data)
@@ -108,7 +109,7 @@ class ReadingRoom:
                 continue
             data = (self._data / pair.images[0]).read_bytes()
             known = Patient(id=pair.study, view=pair.view)
-            case = await self.add(data, indication=pair.indication, source="site", patient=known)
+            case = await self.add(data, indication=pair.indication, source=SITE, patient=known)
             if case.picture_sha256 not in had:
                 added.append(case)
         return added
@@ -143,7 +144,7 @@ class ReadingRoom:
         return value
 
     async def grounding(self, id: str) -> tuple[NDArray[np.float32], int, tuple[float, float, float, float]]:
-        """Return a case's attention [tokens, image tokens], the grid's side, and its place on the picture.
+        """Return a case's attention [tokens, image tokens], the grid's side, and its place on what is shown.
 
         Raises GroundingUnavailable without a draft, DraftUnknown for one that is too old to look into.
         """
@@ -155,8 +156,10 @@ class ReadingRoom:
             attention = await self.service.attention(draft["id"])
             self.worklist.put_attention(id, attention)
         side = grid_side(attention.shape[1])
-        height, width = (await self.pixels(id)).shape
-        return attention, side, picture_box(self.service.processor, width=width, height=height)
+        picture = await self._picture(id)
+        height, width = picture.pixels.shape[:2]
+        seen = picture_box(self.service.processor, width=width, height=height)
+        return attention, side, placed(seen, picture.box)
 
     async def similar(self, id: str, *, count: int) -> Similar:
         """Return the nearest prior cases, or how far the index is."""
@@ -216,8 +219,9 @@ class ReadingRoom:
         return {**asdict(case), "state": self.worklist.state(case.id).value}
 
     async def _picture(self, id: str) -> Picture:
-        path = self.worklist.picture_path(id)
-        return await asyncio.to_thread(lambda: read_picture(path.read_bytes()))
+        stored = self.worklist.case(id).source == SITE
+        data = await asyncio.to_thread(self.worklist.picture_path(id).read_bytes)
+        return await self.service.read(data, stored=stored)
 
     def _pairs(self) -> tuple[Pair, ...]:
         if self._data is None:
@@ -245,8 +249,7 @@ class ReadingRoom:
 
     async def _build(self, base: str) -> CaseIndex:
         async def vector_of(data: bytes) -> NDArray[np.float32]:
-            picture = await asyncio.to_thread(read_picture, data)
-            return await self.service.image_vector(picture)
+            return await self.service.image_vector(await self.service.read(data, stored=True))
 
         def progress(_: str, done: int, total: int) -> None:
             self._indexed = (done, total)
@@ -263,11 +266,9 @@ class ReadingRoom:
 
 
 def _header(data: bytes) -> tuple[Patient, str]:
-    import io
+    from client.data.dicom import read_dicom
 
-    import pydicom
-
-    dataset = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+    dataset = read_dicom(data, pixels=False)
     return patient_of(dataset), indication_of(dataset)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from client.data.framing import AS_STORED
 from client.serving.frames import format_frame
 from client.serving.picture import read_picture
 from common.canonical import sha256_hex
@@ -30,18 +31,23 @@ def test_gray_pngs_keep_their_pixels() -> None:
     assert picture.sha256 == sha256_hex(data)
 
 
-def test_colour_that_is_gray_becomes_gray_and_real_colour_stays() -> None:
+def test_colour_becomes_gray_and_how_coloured_it_was_is_kept() -> None:
     same = np.repeat(GRAY[..., None], 3, axis=2)
-    assert read_picture(encoded(same, "PNG")).pixels.ndim == 2
+    assert read_picture(encoded(same, "PNG")).colour == 0
     same[..., 0] = 255 - same[..., 0]
-    assert read_picture(encoded(same, "PNG")).pixels.shape == (64, 80, 3)
-    assert read_picture(encoded(same, "PNG")).gray.shape == (64, 80)
+    picture = read_picture(encoded(same, "PNG"))
+    assert picture.pixels.shape == (64, 80) and picture.colour > 0.02
+    stored = read_picture(encoded(same, "PNG"), AS_STORED)
+    assert np.array_equal(stored.pixels, same) and stored.gray.shape == (64, 80)
+    assert stored.colour == picture.colour
 
 
-def test_sixteen_bits_are_scaled_to_their_own_range() -> None:
+def test_sixteen_bits_keep_their_place_in_the_range_unless_stored_so() -> None:
     deep = (GRAY.astype(np.uint16) + 1000) * 7
     picture = read_picture(encoded(deep, "PNG"))
-    assert picture.pixels.min() == 0 and picture.pixels.max() == 255
+    assert (picture.pixels == np.rint(deep / 257)).all()
+    stored = read_picture(encoded(deep, "PNG"), AS_STORED)
+    assert stored.pixels.min() == 0 and stored.pixels.max() == 255
 
 
 def test_a_dicom_file_says_what_it_is() -> None:

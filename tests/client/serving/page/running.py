@@ -66,12 +66,13 @@ def shipped_release() -> Path:
 
 @dataclass(frozen=True)
 class RunningPage:
-    """Where it listens, its folders, and its service's event loop."""
+    """Where it listens, its folders, its service's event loop, and where its PACS loop listens."""
 
     url: str
     folder: Path
     service: Any
     events: asyncio.AbstractEventLoop
+    pacs_port: int = 0
 
     @property
     def log(self) -> AccessLog:
@@ -90,6 +91,7 @@ def running_page(
     async def serve() -> None:
         import uvicorn
 
+        from client.data.framing import site_framing
         from client.pacs.serve import start_pacs
         from client.serving.http import HttpSettings, create_app
         from client.serving.page import page_router
@@ -102,7 +104,9 @@ def running_page(
         engine = WorkerEngine(ReleaseSource(shipped_release(), base, version=3), PLAN)
         await engine.start()
         service = DraftingService(
-            Active(engine, DarkGuard(), _processor(base)), access=AccessLog(folder / "access")
+            Active(engine, DarkGuard(), _processor(base)),
+            access=AccessLog(folder / "access"),
+            framing=site_framing(data),
         )
         settings = HttpSettings(tokens=None, open_to="dr.lin", per_minute=6000, burst=1000)
         app = create_app(
@@ -115,8 +119,9 @@ def running_page(
             task = asyncio.create_task(server.serve(sockets=[listening]))
             while not server.started and not task.done():
                 await asyncio.sleep(0.01)
+            dicom = loop.receiver.port if loop and loop.receiver else 0
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-            started.append(RunningPage(url, folder, service, asyncio.get_running_loop()))
+            started.append(RunningPage(url, folder, service, asyncio.get_running_loop(), dicom))
             ready.set()
             await asyncio.to_thread(ending.wait)
             server.should_exit = True
