@@ -1,8 +1,9 @@
 """pynetdicom closes the socket of an association also where the other side is gone first.
 
-`AssociationSocket._shutdown_socket` of pynetdicom 3.0 calls `shutdown` and `close` in one `try`; on a connection that
-the peer has ended, `shutdown` raises and `close` is never reached. The collector closes the socket later, with a
-ResourceWarning in whatever test is running then. Importing this module mends that for the test process.
+`AssociationSocket._shutdown_socket` of pynetdicom 3.0 calls `shutdown` and `close` in one `try`; on a
+connection that the peer has ended, `shutdown` raises and `close` is never reached. The collector closes the
+socket later, with a ResourceWarning in whatever test is running then. Importing this module mends that for
+the test process.
 """
 
 from __future__ import annotations
