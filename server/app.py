@@ -139,7 +139,7 @@ def _run_round(run: Run, state: StudyState) -> StudyState:
         started = run.clock()
         attempt = Attempt(run.opened, run.key, run.cohort, state, pending, run.log, run.clock)
         collected, protected, reason = _collect(attempt)
-        missing = _missing(study, pending, collected)
+        missing = _missing(study, pending, collected, summed=protected is not None)
         if protected is not None:
             break
         _name_failure(run, attempt, missing, len(collected.contributions), reason)
@@ -176,6 +176,7 @@ def _run_round(run: Run, state: StudyState) -> StudyState:
     run.opened.clear_pending()
     for site in collected.contributions:
         run.histories[site] = round - 1
+    _forget(run, missing)
     _log_round(run, pending, missing, verdict, step_norm=step_norm, seconds=run.clock() - started)
     return after
 
@@ -397,15 +398,19 @@ def _initial_adapter(opened: StudyDirectory) -> Vector:
     return vector
 
 
-def _missing(study: Study, pending: Pending, collected: Collected) -> dict[str, str]:
-    """Name every site of the study that is not in the sum, with the reason."""
-    missing = {}
-    for site in study.site_ids:
-        if site not in pending.cohort:
-            missing[site] = "not connected"
-        elif site not in collected.contributions:
+def _missing(study: Study, pending: Pending, collected: Collected, *, summed: bool) -> dict[str, str]:
+    """Name the sites that are not in the sum, with the reason; where there is none, those that failed it."""
+    missing = {site: "not connected" for site in study.site_ids if site not in pending.cohort}
+    if summed:
+        for site in sorted(set(pending.cohort) - set(collected.contributions)):
             missing[site] = "no keys for this round: it joins the next"
     return {**missing, **collected.missing}
+
+
+def _forget(run: Run, missing: Iterable[str]) -> None:
+    """Have sites greeted anew before the next attempt: they may have seen more than their answers showed."""
+    for site in missing:
+        run.histories.pop(site, None)
 
 
 def _name_failure(run: Run, attempt: Attempt, missing: dict[str, str], served: int, why: str) -> None:
@@ -424,9 +429,7 @@ def _name_failure(run: Run, attempt: Attempt, missing: dict[str, str], served: i
     ]
     run.log.add_round(failed, *incidents)
     Retained(run.opened.directory, study, pending).discard()
-    for site, reason in missing.items():
-        if reason.startswith("WitnessBehind"):
-            run.histories.pop(site, None)  # asked again where it stands
+    _forget(run, missing)
     run.opened.log(
         "round-failed", round=pending.round, attempt=pending.attempt, served=served,
         floor=study.cohort.min_sites, missing=missing, reason=why,

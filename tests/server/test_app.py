@@ -150,6 +150,24 @@ def test_with_one_attempt_only_a_site_that_missed_a_round_waits_for_prepared_key
     assert records[1].missing == {"beta": "no keys for this round"}
 
 
+def test_a_site_whose_answer_was_lost_is_asked_where_its_log_stands_and_the_round_is_served(
+    make: Make,
+) -> None:
+    world = make(mode="consortium", rounds=1, min_sites=4)
+
+    def after(site: str, header: Header, reply: bytes) -> bytes:
+        if site == "beta" and header.stage is Stage.CONTRIBUTE and header.attempt == 1:
+            raise NodeDown("killed after it had cosigned")
+        return reply
+
+    world.after = after
+    world.run()
+    [record] = [signed.record for signed in read_records(world.server)]
+    assert "beta" in record.contributors and record.attempt == 2
+    [failed] = log(world, "round-failed")
+    assert list(failed["missing"]) == ["beta"], "sites that answered are not missing"
+
+
 def test_a_site_that_vanishes_after_its_upload_stays_in_the_sum(make: Make) -> None:
     world = make(mode="consortium", rounds=1)
     silence(world, "beta", Stage.UNMASK, 0)
