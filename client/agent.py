@@ -56,6 +56,8 @@ from common.privacy.study_plan import plan_of, verify_plan
 from common.protocol import (
     MAX_OVERHEAD_BYTES,
     SERVER,
+    Bytes,
+    Envelope,
     Expected,
     Header,
     Message,
@@ -131,7 +133,7 @@ class SiteAgent:
         self._budget: Budget | None = None
         self._one_at_a_time = threading.Lock()
 
-    def handle(self, stage: Stage, data: bytes | bytearray) -> bytes:
+    def handle(self, stage: Stage, data: Bytes | Envelope) -> Envelope:
         """Answer one signed request with a signed reply or a signed refusal.
 
         Raises a FedRadError only where there is nobody to answer to: an unknown or unapproved study, or a
@@ -163,7 +165,7 @@ class SiteAgent:
             log.warning("refused a message at its first bytes: %s: %s", error.code, error)
             raise
 
-    def _authenticate(self, stage: Stage, data: bytes | bytearray) -> tuple[Message, _Running]:
+    def _authenticate(self, stage: Stage, data: Bytes | Envelope) -> tuple[Message, _Running]:
         try:
             sha256 = read_header(data, max_body_bytes=1 << 62).study
             running = self._open_study(sha256)
@@ -204,7 +206,7 @@ class SiteAgent:
             self._running[sha256] = _Running(study, SiteState(directory, study=sha256), masked, witness)
         return self._running[sha256]
 
-    def _serve(self, message: Message, running: _Running) -> bytes:
+    def _serve(self, message: Message, running: _Running) -> Envelope:
         stage = message.header.stage
         if stage is Stage.HELLO:
             return self._reply(message, self._hello(message, running))
@@ -226,7 +228,7 @@ class SiteAgent:
         running.state.spool(message.header, reply)
         return reply
 
-    def _reply(self, message: Message, body: bytes) -> bytes:
+    def _reply(self, message: Message, body: bytes) -> Envelope:
         return seal_reply(self._key, message, nonce=self._nonce(), body=body)
 
     def _nonce(self) -> str:

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from client import agent_pb2, agent_pb2_grpc
 from client.socket_guard import LIMITS, Limits, SocketGuard, TokenBucket
 from common.errors import AgentUnavailable, BodyTooLarge, FedRadError, PeerRefused, PeerTooSlow, TooFrequent
-from common.protocol import Stage
+from common.protocol import Bytes, Envelope, Stage, cut_envelope
 
 if TYPE_CHECKING:
     from client.agent import Progress, SiteAgent
@@ -186,9 +186,9 @@ class AgentService:
         try:
             with self._call(), self._turns.hold(context.is_active):
                 watchdog.allow(0)
-                reply = self._agent.handle(stage, cast(bytes, self._read(frames, limit, watchdog)))
+                reply = self._agent.handle(stage, self._read(frames, limit, watchdog))
                 watchdog.allow(len(reply))
-                yield from _frames(reply)
+                yield from _frames(reply.frame, reply.body)
         except FedRadError as error:
             if isinstance(error, PeerRefused | TooFrequent | BodyTooLarge):
                 _refused(error)
@@ -251,12 +251,16 @@ def start_service(
     return AgentService(agent, board, socket_path, version=version, group=group, limits=limits)
 
 
-def call_agent(address: str, stage: Stage, envelope: bytes | bytearray, *, timeout_s: float) -> bytearray:
-    """Relay one message to the agent at `unix:PATH`; raises AgentUnavailable or AgentRefused."""
+def call_agent(address: str, stage: Stage, envelope: Envelope, *, timeout_s: float) -> Envelope:
+    """Relay one message to the agent at `unix:PATH`.
+
+    Raises AgentUnavailable, AgentRefused, or EnvelopeMalformed for an answer that is no message.
+    """
     with grpc.insecure_channel(address, options=_OPTIONS) as channel:
         stub = agent_pb2_grpc.SiteAgentStub(channel)
         try:
-            return _join(getattr(stub, _METHODS[stage])(_frames(envelope), timeout=timeout_s))
+            frames = _frames(envelope.frame, envelope.body)
+            return cut_envelope(_join(getattr(stub, _METHODS[stage])(frames, timeout=timeout_s)))
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise AgentRefused(str(error.details())) from error
@@ -278,10 +282,11 @@ def _refused(error: FedRadError) -> None:
     log.warning("refused a call: %s: %s", error.code, error)
 
 
-def _frames(data: bytes | bytearray) -> Iterator[Any]:
-    view = memoryview(data)
-    for start in range(0, max(1, len(data)), FRAME_BYTES):
-        yield agent_pb2.Frame(data=bytes(view[start : start + FRAME_BYTES]))
+def _frames(*pieces: Bytes) -> Iterator[Any]:
+    for piece in pieces:
+        view = memoryview(piece)
+        for start in range(0, len(view), FRAME_BYTES):
+            yield agent_pb2.Frame(data=bytes(view[start : start + FRAME_BYTES]))
 
 
 def _join(

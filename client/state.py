@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common.errors import RoundAlreadyServed
 from common.files import write_atomic
-from common.protocol import Header
+from common.protocol import Envelope, Header, cut_envelope
 
 _KEEP_ROUNDS = 2
 
@@ -58,7 +58,7 @@ class SiteState:
                 if path.name[:6].isdigit() and int(path.name[:6]) <= seen.round - _KEEP_ROUNDS:
                     path.unlink()
 
-    def spooled(self, header: Header, request_sha256: str) -> bytes | None:
+    def spooled(self, header: Header, request_sha256: str) -> Envelope | None:
         """Return the stored reply to exactly this request, None when it was not finished.
 
         Raises RoundAlreadyServed when another request was begun for the same round, attempt and stage.
@@ -73,7 +73,7 @@ class SiteState:
                 f"request served before ({stored['request_sha256'][:16]}…), got another one"
             )
         path = self._spool_path(header)
-        return path.read_bytes() if path.is_file() else None
+        return cut_envelope(path.read_bytes()) if path.is_file() else None
 
     def begin(self, header: Header, request_sha256: str, seed: bytes) -> bytes:
         """Durably begin to serve a request and return its 32-byte seed: the stored one after a crash.
@@ -88,9 +88,9 @@ class SiteState:
         write_atomic(path, json.dumps(value).encode(), mode=0o600)
         return seed
 
-    def spool(self, header: Header, reply: bytes) -> None:
+    def spool(self, header: Header, reply: Envelope) -> None:
         """Durably store a reply before it is sent."""
-        write_atomic(self._spool_path(header), reply, mode=0o600)
+        write_atomic(self._spool_path(header), reply.frame, reply.body, mode=0o600)
 
     def stated_once(self, make: Callable[[], list[bytes]]) -> list[bytes]:
         """Return what this site states of itself in the study: made at the first call, the same ever after.

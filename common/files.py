@@ -10,14 +10,14 @@ import os
 from pathlib import Path
 
 
-def write_atomic(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> None:
-    """Write bytes to `path` by temp file, fsync, rename and directory fsync."""
+def write_atomic(path: Path, *pieces: bytes | bytearray | memoryview, mode: int = 0o644) -> None:
+    """Write bytes, in one or several pieces, to `path` by temp file, fsync, rename and directory fsync."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
         with os.fdopen(descriptor, "wb") as handle:
-            handle.write(data)
+            handle.writelines(pieces)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)

@@ -2,7 +2,8 @@
 
 A message is `FRM1 | u32 header length | header | 64-byte Ed25519 signature | body`, the header being
 canonical JSON that names version, study, round, attempt, stage, kind, sender, recipient, nonce, the
-message it answers, the previous-state hash, and the body's length and SHA-256 (docs/PROTOCOL.md).
+message it answers, the previous-state hash, and the body's length and SHA-256 (docs/PROTOCOL.md). All but
+the body is its frame; the frame's SHA-256 stands for the message, since the header holds the body's.
 Guarantees: what `open_message` returns was signed by the pinned key of its sender for exactly this
 place in this study; anything else ends in one named error. It does not encrypt (TLS does) and does not
 remember nonces: the agent's durable state does.
@@ -83,8 +84,27 @@ class Header:
 
 
 @dataclass(frozen=True)
+class Envelope:
+    """A message as it travels, in two pieces, so that many frames can share one body without a copy."""
+
+    frame: bytes
+    body: Bytes
+
+    def __len__(self) -> int:
+        return len(self.frame) + len(self.body)
+
+    def __bytes__(self) -> bytes:
+        return b"".join((self.frame, self.body))
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the frame, by which an answer names the message."""
+        return sha256_hex(self.frame)
+
+
+@dataclass(frozen=True)
 class Message:
-    """A verified message and the SHA-256 of all its bytes; the body is a view of them, not a copy."""
+    """A verified message and the SHA-256 of its frame; the body is a view of what came, not a copy."""
 
     header: Header
     body: memoryview
@@ -105,14 +125,11 @@ class Expected:
     answers: str | None = None
 
 
-def seal(key: SigningKey, header: Header, body: bytes) -> bytes:
-    """Frame and sign a message; the header's body fields must already describe `body`."""
-    if header.body_bytes != len(body) or header.body_sha256 != sha256_hex(body):
-        raise BodyHashMismatch("expected a header that describes its body, got one of another body")
+def seal(key: SigningKey, header: Header, body: Bytes) -> Envelope:
+    """Frame and sign a message; no receiver opens one whose header describes another body."""
     encoded = format_header(header)
-    return b"".join(
-        (MAGIC, len(encoded).to_bytes(4, "big"), encoded, key.sign(Purpose.ENVELOPE, encoded), body)
-    )
+    frame = (MAGIC, len(encoded).to_bytes(4, "big"), encoded, key.sign(Purpose.ENVELOPE, encoded))
+    return Envelope(b"".join(frame), body)
 
 
 def seal_request(
@@ -127,16 +144,19 @@ def seal_request(
     nonce: str,
     previous: str,
     body: bytes,
-) -> bytes:
-    """Sign a request of the server to one site."""
+    body_sha256: str = "",
+) -> Envelope:
+    """Sign a request of the server to one site; give the body's hash where many requests share a body."""
     header = Header(
         VERSION, study, round, attempt, stage, Kind.REQUEST, sender, recipient, nonce, "", previous,
-        len(body), sha256_hex(body),
+        len(body), body_sha256 or sha256_hex(body),
     )  # fmt: skip
     return seal(key, header, body)
 
 
-def seal_reply(key: SigningKey, request: Message, *, nonce: str, body: bytes, refusal: bool = False) -> bytes:
+def seal_reply(
+    key: SigningKey, request: Message, *, nonce: str, body: bytes, refusal: bool = False
+) -> Envelope:
     """Sign the answer to a request: same place in the study, sender and recipient exchanged."""
     asked = request.header
     header = Header(
@@ -147,29 +167,43 @@ def seal_reply(key: SigningKey, request: Message, *, nonce: str, body: bytes, re
     return seal(key, header, body)
 
 
-def read_header(data: Bytes, *, max_body_bytes: int) -> Header:
+def cut_envelope(data: Bytes) -> Envelope:
+    """Cut a message's bytes into frame and body, trusting neither; raises EnvelopeMalformed."""
+    if len(data) < 8 or data[:4] != MAGIC:
+        raise EnvelopeMalformed("expected a message that starts with FRM1, got other bytes")
+    length = int.from_bytes(data[4:8], "big")
+    if length > MAX_HEADER_BYTES or len(data) < 8 + length + 64:
+        raise EnvelopeMalformed(f"expected a header of at most {MAX_HEADER_BYTES} bytes, got length {length}")
+    view = memoryview(data).toreadonly()
+    return Envelope(bytes(view[: 72 + length]), view[72 + length :])
+
+
+def read_header(data: Bytes | Envelope, *, max_body_bytes: int) -> Header:
     """Parse the frame and header of a message without trusting it; nothing is verified yet."""
     return _split(data, max_body_bytes=max_body_bytes)[0]
 
 
-def open_message(data: Bytes, *, keys: Mapping[str, str], expected: Expected, max_body_bytes: int) -> Message:
+def open_message(
+    data: Bytes | Envelope, *, keys: Mapping[str, str], expected: Expected, max_body_bytes: int
+) -> Message:
     """Verify a message against pinned keys (`{sender: public hex}`) and the receiver's expectations.
 
     Raises BodyTooLarge, EnvelopeMalformed, VersionUnsupported, UnknownSender, SignatureInvalid,
     WrongStudy, WrongRecipient, WrongStage, WrongRound, PreviousStateMismatch, MessageReplayed or
     BodyHashMismatch, in this order.
     """
-    header, encoded, signature, body = _split(data, max_body_bytes=max_body_bytes)
+    header, envelope, encoded = _split(data, max_body_bytes=max_body_bytes)
     if header.sender not in keys:
         raise UnknownSender(f"expected a sender among {', '.join(sorted(keys))}, got {header.sender!r}")
-    verify_signature(keys[header.sender], Purpose.ENVELOPE, encoded, signature)
+    verify_signature(keys[header.sender], Purpose.ENVELOPE, encoded, envelope.frame[-64:])
     _verify_place(header, expected)
+    body = memoryview(envelope.body).toreadonly()
     if len(body) != header.body_bytes or sha256_hex(body) != header.body_sha256:
         raise BodyHashMismatch(
             f"expected a body of {header.body_bytes} bytes with hash {header.body_sha256[:16]}…, "
             f"got {len(body)} bytes with hash {sha256_hex(body)[:16]}…"
         )
-    return Message(header, body, sha256_hex(data))
+    return Message(header, body, envelope.sha256)
 
 
 def format_header(header: Header) -> bytes:
@@ -250,21 +284,22 @@ def _cut(blob: memoryview, sizes: Any, count: int) -> list[memoryview]:
     return cut
 
 
-def _split(data: Bytes, *, max_body_bytes: int) -> tuple[Header, bytes, bytes, memoryview]:
+def _split(data: Bytes | Envelope, *, max_body_bytes: int) -> tuple[Header, Envelope, bytes]:
+    """Return header, envelope, and the header's bytes, which the signature covers."""
     most = max_body_bytes + MAX_OVERHEAD_BYTES
     if len(data) > most:
         raise BodyTooLarge(f"expected a message of at most {most} bytes, got {len(data)}")
-    if len(data) < 8 or data[:4] != MAGIC:
-        raise EnvelopeMalformed("expected a message that starts with FRM1, got other bytes")
-    length = int.from_bytes(data[4:8], "big")
-    if length > MAX_HEADER_BYTES or len(data) < 8 + length + 64:
-        raise EnvelopeMalformed(f"expected a header of at most {MAX_HEADER_BYTES} bytes, got length {length}")
-    view = memoryview(data).toreadonly()
-    encoded = bytes(view[8 : 8 + length])
+    if isinstance(data, Envelope):
+        envelope = data
+        if cut_envelope(data.frame).body:
+            raise EnvelopeMalformed("expected a frame that ends with its signature, got more bytes")
+    else:
+        envelope = cut_envelope(data)
+    encoded = envelope.frame[8:-64]
     header = parse_header(encoded)
     if header.body_bytes > max_body_bytes:
         raise BodyTooLarge(f"expected a body of at most {max_body_bytes} bytes, got {header.body_bytes}")
-    return header, encoded, bytes(view[8 + length : 72 + length]), view[72 + length :]
+    return header, envelope, encoded
 
 
 def _verify_place(header: Header, expected: Expected) -> None:

@@ -20,13 +20,12 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from common.canonical import sha256_hex
 from common.config import Study
 from common.errors import EnvelopeMalformed, FedRadError, RelayInvalid, SignatureInvalid, UnknownSender
 from common.model.lora import vector_size
-from common.protocol import SERVER, Expected, Kind, open_message, unpack_body
+from common.protocol import SERVER, Envelope, Expected, Kind, open_message, read_header, unpack_body
 from common.protocol import Message as SignedMessage
-from common.relay import RECORD, join_envelope, split_envelope
+from common.relay import PART_BYTES, RECORD, body_parts, join_envelope, split_envelope
 from server.pulls import PATIENCE_S, Pulls
 
 _FIRST_POLL_S = 0.002
@@ -40,6 +39,9 @@ _LOST = {
     ErrorCode.NODE_UNAVAILABLE,
     ErrorCode.CLIENT_APP_CRASHED,
 }
+
+
+_WHOAMI: dict[str, dict[str, str | bytes]] = {RECORD: {"stage": "whoami", "envelope": b""}}
 
 
 class Traffic:
@@ -102,14 +104,13 @@ class Cohort:
                 return tuple(sorted(self._nodes))
             self._sleep(_LAST_POLL_S)
 
-    def exchange(self, requests: Mapping[str, bytes], *, accept: Accept, until_unix_s: float) -> Outcome:
+    def exchange(self, requests: Mapping[str, Envelope], *, accept: Accept, until_unix_s: float) -> Outcome:
         """Send each site its signed request and hand each verified reply to `accept`, one at a time.
 
         A FedRadError of `accept` makes that site a missing one. Replies are not kept.
         """
         started = self._clock()
         missing = {site: "not connected" for site in requests if site not in self._nodes}
-        digests = {site: sha256_hex(data) for site, data in requests.items()}
         asked = _Asked(requests, until_unix_s, late_unix_s=(self._clock() + until_unix_s) / 2)
         self._ask(asked, [site for site in sorted(requests) if site in self._nodes])
         answered = []
@@ -120,10 +121,11 @@ class Cohort:
                     or self._ask_again(asked, site, reply.error.code)
                 ):
                     continue
-                data = _envelope(reply)
+                envelope = _envelope(reply)
                 del reply
-                self.traffic.count(_stage(requests[site]), "up", len(data))
-                accept(site, self._verify(site, digests[site], data))
+                self.traffic.count(_stage(requests[site]), "up", len(envelope))
+                accept(site, self._verify(site, requests[site].sha256, envelope))
+                del envelope
                 answered.append(site)
                 self._lively.add(site)
             except FedRadError as error:
@@ -146,9 +148,9 @@ class Cohort:
         seconds, self._seconds = self._seconds, {}
         return seconds
 
-    def _verify(self, site: str, request_sha256: str, data: bytearray) -> SignedMessage:
+    def _verify(self, site: str, request_sha256: str, envelope: Envelope) -> SignedMessage:
         message = open_message(
-            data,
+            envelope,
             keys=self._keys,
             expected=Expected(
                 study=self._study.sha256, recipient=SERVER, sender=site, answers=request_sha256
@@ -166,7 +168,7 @@ class Cohort:
         unknown = sorted(alive - set(self._nodes.values()))
         if not unknown:
             return
-        messages = [_message(node, "whoami", b"") for node in unknown]
+        messages = [_message(node, _WHOAMI) for node in unknown]
         ids = dict(zip(self._grid.push_messages(messages), unknown, strict=True))
         for message_id, reply in self._arriving(lambda: ids, until_unix_s=self._clock() + 30.0):
             site, node = _claimed_site(reply), ids.pop(message_id)
@@ -178,10 +180,14 @@ class Cohort:
     def _ask(self, asked: _Asked, sites: list[str]) -> None:
         """Push the sites' requests."""
         messages = []
+        cut: dict[int, list[bytes]] = {}  # by identity: sites mostly share one body
         for site in sites:
             request = asked.requests[site]
             stage = _stage(request)
-            messages.append(_message(self._nodes[site], stage, request))
+            if len(request) > PART_BYTES and id(request.body) not in cut:
+                cut[id(request.body)] = body_parts(request.body)
+            records = split_envelope(stage, request, cut.get(id(request.body)))
+            messages.append(_message(self._nodes[site], records))
             self.traffic.count(stage, "down", len(request))
         ids = self._grid.push_messages(messages) if messages else []
         asked.waiting |= dict(zip(ids, sites, strict=True))
@@ -253,7 +259,7 @@ class Cohort:
             due = (late or message_id in slow) and message_id not in asked.questioned
             if due and site in self._nodes:
                 asked.questioned.add(message_id)
-                [question] = self._grid.push_messages([_message(self._nodes[site], "whoami", b"")])
+                [question] = self._grid.push_messages([_message(self._nodes[site], _WHOAMI)])
                 asked.questions[question] = site
 
     def _arriving(
@@ -287,7 +293,7 @@ class _Asked:
     last look, `lost` those that gave one before it; `later` says when to ask a site whose agent was away.
     """
 
-    requests: Mapping[str, bytes]
+    requests: Mapping[str, Envelope]
     until_unix_s: float
     late_unix_s: float
     waiting: dict[str, str] = field(default_factory=dict)
@@ -319,9 +325,9 @@ class SiteRefused(FedRadError):
     """A site's agent refused a request and signed the reason."""
 
 
-def _message(node: int, stage: str, envelope: bytes) -> Message:
-    records = {name: ConfigRecord(record) for name, record in split_envelope(stage, envelope).items()}
-    return Message(RecordDict(records), dst_node_id=node, message_type="query.relay")
+def _message(node: int, records: Mapping[str, dict[str, str | bytes]]) -> Message:
+    content = RecordDict({name: ConfigRecord(dict(record)) for name, record in records.items()})
+    return Message(content, dst_node_id=node, message_type="query.relay")
 
 
 def _claimed_site(reply: Message) -> str:
@@ -331,14 +337,12 @@ def _claimed_site(reply: Message) -> str:
     return site if isinstance(site, str) else ""
 
 
-def _envelope(reply: Message) -> bytearray:
+def _envelope(reply: Message) -> Envelope:
     if reply.has_error():
         reason = " ".join(str(reply.error.reason).split())[:300]
         raise NodeFailed(f"Flower error {reply.error.code}: {reason}")
     return join_envelope(reply.content)[1]  # type: ignore[arg-type]
 
 
-def _stage(request: bytes) -> str:
-    from common.protocol import read_header
-
+def _stage(request: Envelope) -> str:
     return read_header(request, max_body_bytes=1 << 62).stage.value

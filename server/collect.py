@@ -28,7 +28,7 @@ from common.identity import SigningKey
 from common.ledger.entries import Participation
 from common.ledger.statements import commit, format_participation, parse_participation
 from common.model.lora import vector_sha256, vector_size
-from common.protocol import Message, Stage, pack_body, unpack_body
+from common.protocol import Envelope, Message, Stage, pack_body, unpack_body
 from common.records import SignedRecord
 from common.secagg.messages import (
     KeySet,
@@ -72,24 +72,35 @@ class Attempt:
     log: StudyLog
     clock: Callable[[], float]
     statements: dict[str, Participation] = field(default_factory=dict)
+    _bodies: dict[tuple[bytes, bytes], tuple[bytes, str]] = field(default_factory=dict)
 
     @property
     def study(self) -> Study:
         return self.opened.study
 
     def request(
-        self, stage: Stage, site: str, body: bytes, *, round: int | None = None, attempt: int | None = None
-    ) -> bytes:
+        self,
+        stage: Stage,
+        site: str,
+        body: bytes,
+        *,
+        round: int | None = None,
+        attempt: int | None = None,
+        body_sha256: str = "",
+    ) -> Envelope:
         """Sign a request of this attempt (or, for a key exchange, of the next round)."""
         return stage_request(
             self.key, self.study, stage, site, body,
             round=self.pending.round if round is None else round,
             attempt=self.pending.attempt if attempt is None else attempt,
-            previous=self.state.record_sha256, nonce=self.pending.nonce,
+            previous=self.state.record_sha256, nonce=self.pending.nonce, body_sha256=body_sha256,
         )  # fmt: skip
 
-    def contribute(self, site: str, *, cohort: Sequence[str], opening: bytes = b"") -> bytes:
-        """Sign a site's contribute request with the records that it has not seen."""
+    def contribute(self, site: str, *, cohort: Sequence[str], opening: bytes = b"") -> Envelope:
+        """Sign a site's contribute request with the records that it has not seen.
+
+        Sites that have seen the same get one body: made, hashed and kept once.
+        """
         ledger: tuple[bytes, ...]
         if self.study.masked:
             offer = self.log.offer(self.pending.sizes[site])
@@ -97,8 +108,11 @@ class Attempt:
         else:
             ledger = (self.pending.witnessed.encode(),)
         shown = pack_shown(self.unseen(site), *ledger)
-        body = contribute_body(self.state, self.pending, cohort=cohort, opening=opening, shown=shown)
-        return self.request(Stage.CONTRIBUTE, site, body)
+        if (opening, shown) not in self._bodies:
+            made = contribute_body(self.state, self.pending, cohort=cohort, opening=opening, shown=shown)
+            self._bodies[opening, shown] = made, sha256_hex(made)
+        body, body_sha256 = self._bodies[opening, shown]
+        return self.request(Stage.CONTRIBUTE, site, body, body_sha256=body_sha256)
 
     def unseen(self, site: str) -> list[SignedRecord]:
         """The records before this round that a site has not verified."""

@@ -22,7 +22,7 @@ from common.ledger.statements import commit, make_round, parse_participation, ve
 from common.model.lora import vector_sha256, vector_to_bytes
 from common.privacy.mechanism import ServedRound, View
 from common.privacy.study_plan import plan_of
-from common.protocol import GENESIS, SERVER, Message, Stage, pack_body, seal_request, unpack_body
+from common.protocol import GENESIS, SERVER, Envelope, Message, Stage, pack_body, seal_request, unpack_body
 from common.records import RoundRecord, SignedRecord, signed_to_json
 from common.schedule import active_groups, learning_rate
 from server.checkpoint import Pending, StudyState
@@ -64,12 +64,13 @@ def stage_request(
     attempt: int,
     previous: str,
     nonce: str,
-) -> bytes:
+    body_sha256: str = "",
+) -> Envelope:
     """Sign one request; the nonce of an attempt gives each site and stage its own."""
     own = sha256_hex(f"{nonce}|{stage.value}|{site}|{round}".encode())[:32]
     return seal_request(
         key, study=study.sha256, round=round, attempt=attempt, stage=stage, sender=SERVER, recipient=site,
-        nonce=own, previous=previous, body=body,
+        nonce=own, previous=previous, body=body, body_sha256=body_sha256,
     )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def contribute_body(
     return pack_body(meta, opening, shown, vector_to_bytes(state.adapter))
 
 
-def hello_request(key: SigningKey, study: Study, site: str, *, train: bool) -> bytes:
+def hello_request(key: SigningKey, study: Study, site: str, *, train: bool) -> Envelope:
     body = pack_body({"train": train, "speaks": format_speaks(running_release())})
     return stage_request(
         key, study, Stage.HELLO, site, body, round=0, attempt=0, previous=GENESIS,
@@ -105,7 +106,7 @@ def witness_request(
     state: StudyState,
     records: Sequence[SignedRecord],
     offer: WitnessOffer,
-) -> bytes:
+) -> Envelope:
     """Show a site the records it has not seen and ask it to cosign the checkpoint that covers them."""
     body = pack_body({}, pack_shown(records, offer.request, offer.entry, offer.proof))
     return stage_request(

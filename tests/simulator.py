@@ -31,7 +31,7 @@ from common.canonical import sha256_hex
 from common.config import Study, parse_study
 from common.errors import FedRadError
 from common.identity import SigningKey, load_key
-from common.protocol import Header, Kind, Stage, read_header, seal, unpack_body
+from common.protocol import Envelope, Header, Kind, Stage, cut_envelope, read_header, seal, unpack_body
 from common.relay import RECORD, join_envelope, split_envelope
 from deploy.local.consortium import set_up
 from server.acceptance import Judge
@@ -168,13 +168,17 @@ class SimulatedGrid:
             return {message_id: Message(RecordDict({RECORD: who}), reply_to=message)}
         stage, envelope = join_envelope(content)
         try:
-            reply = self._world.relay(site, envelope)
+            reply = self._world.relay(site, bytes(envelope))
         except (NodeDown, FedRadError) as failure:
             error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(failure).__name__}: {failure}")
             return {message_id: Message(error, reply_to=message)}
         if reply is None:
             return {}
-        records = {name: ConfigRecord(record) for name, record in split_envelope(stage, reply).items()}
+        try:
+            answer = cut_envelope(reply)
+        except FedRadError:
+            answer = Envelope(b"", reply)
+        records = {name: ConfigRecord(record) for name, record in split_envelope(stage, answer).items()}
         return {message_id: Message(RecordDict(records), reply_to=message)}
 
 
@@ -220,7 +224,7 @@ class Consortium:
         if request is None:
             return None
         try:
-            reply = self.agent(site).handle(header.stage, request)
+            reply = bytes(self.agent(site).handle(header.stage, request))
         except NodeDown:
             self.crash(site)
             raise
@@ -312,7 +316,7 @@ class Tape:
         old, _, body_before = split_message(self.requests[(stage, round)])
         body = body_before if body is None else body
         about = {"body_bytes": len(body), "body_sha256": sha256_hex(body)}
-        return seal(key or self.world.operator, replace(old, **about | header), body)
+        return bytes(seal(key or self.world.operator, replace(old, **about | header), body))
 
 
 def record(world: Consortium, site: str, directory: Path) -> Tape:
@@ -336,13 +340,13 @@ def record(world: Consortium, site: str, directory: Path) -> Tape:
     return tape
 
 
-def split_message(data: bytes) -> tuple[Header, bytes, bytes]:
+def split_message(message: bytes | Envelope) -> tuple[Header, bytes, bytes]:
     """Header, signature and body of a message, nothing verified."""
-    length = int.from_bytes(data[4:8], "big")
-    return read_header(data, max_body_bytes=1 << 40), data[8 + length : 72 + length], data[72 + length :]
+    envelope = message if isinstance(message, Envelope) else cut_envelope(message)
+    return read_header(envelope, max_body_bytes=1 << 40), envelope.frame[-64:], bytes(envelope.body)
 
 
-def refusal_of(reply: bytes) -> str:
+def refusal_of(reply: bytes | Envelope) -> str:
     """The name of the error in a signed refusal, empty for a reply."""
     header, _, body = split_message(reply)
     if header.kind is not Kind.REFUSAL:

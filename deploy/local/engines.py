@@ -23,41 +23,33 @@ Say = Callable[[str], None]
 
 def run_engine(consortium: LocalConsortium, engine: Engine, *, say: Say) -> None:
     """Run the study's remaining rounds on an engine; raises what the ServerApp raised."""
-    with _socket_directory() as sockets:
-        if engine is Engine.INPROCESS:
-            _run_inprocess(consortium, sockets)
-        else:
+    if engine is Engine.INPROCESS:
+        _run_inprocess(consortium)
+    else:
+        with _socket_directory() as sockets:
             _run_flower(consortium, sockets, say)
 
 
-def _run_inprocess(consortium: LocalConsortium, sockets: Path) -> None:
+def _run_inprocess(consortium: LocalConsortium) -> None:
     from client.agent import SiteAgent
-    from client.app import app as client_app
+    from client.app import relaying
     from client.models import ModelPool
-    from client.service import ProgressBoard, start_service
     from deploy.local.inprocess import run_inprocess
     from server.app import app as server_app
 
     models = ModelPool()
-    services, agents, configs = [], [], {}
+    agents = {site: SiteAgent(home, models=models) for site, home in consortium.homes.items()}
     try:
-        for number, (site, home) in enumerate(sorted(consortium.homes.items()), start=1):
-            board = ProgressBoard()
-            path = sockets / f"{site}.sock"
-            agent = SiteAgent(home, models=models, report=board.post)
-            agents.append(agent)
-            services.append(start_service(agent, board, path, version="local"))
-            configs[number] = {"site": site, "agent": f"unix://{path}"}
         run_inprocess(
             server_app,
-            client_app,
-            node_configs=configs,
+            relaying(
+                lambda context, stage, sent: agents[str(context.node_config["site"])].handle(stage, sent)
+            ),
+            node_configs={number: {"site": site} for number, site in enumerate(sorted(agents), start=1)},
             run_config={"study-dir": str(consortium.server.absolute())},
         )
     finally:
-        for service in services:
-            service.stop(grace=None)
-        for agent in agents:
+        for agent in agents.values():
             agent.close()
 
 

@@ -5,9 +5,10 @@ them (records hold immutable values only, so a deep copy is that without copying
 it); an exception in the ClientApp becomes the Error reply that a SuperNode would send; a node handles one
 message at a time, in push order; replies come back in push order.
 
-It does not: expire messages by their time to live, keep ServerApp and ClientApp apart (both live in this
-process; the site agent behind its socket is the guard), or run two grids at once in one process, because
-Flower keeps the identity of the running task in a class attribute.
+It does not: expire messages by their time to live, keep ServerApp, ClientApp and agents apart (all live in
+this process; the agent is called without its socket, so that every check of `SiteAgent.handle` holds, but
+none of the socket), or run two grids at once in one process, because Flower keeps the identity of the
+running task in a class attribute.
 """
 
 from __future__ import annotations

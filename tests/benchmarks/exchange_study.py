@@ -16,10 +16,13 @@ from typing import Any, cast
 import numpy as np
 
 from client.service import AgentService, ProgressBoard, start_service
+from common.canonical import sha256_hex
 from common.config import Study
 from common.protocol import (
     MAX_OVERHEAD_BYTES,
     SERVER,
+    Bytes,
+    Envelope,
     Expected,
     Message,
     Stage,
@@ -81,10 +84,12 @@ def run_exchanges(cohort: Cohort, plan: Plan, took: Callable[[str, float], None]
         ):
             body = pack_body({}, np.random.default_rng(number).bytes(size))
             started = time.monotonic()
+            body_sha256 = sha256_hex(body)
             requests = {
                 site: seal_request(
                     key_of("operator"), study=study.sha256, round=number, attempt=1, stage=stage,
                     sender=SERVER, recipient=site, nonce=f"{number:032x}", previous="0" * 64, body=body,
+                    body_sha256=body_sha256,
                 )
                 for site in plan.names
             }  # fmt: skip
@@ -109,7 +114,7 @@ class EchoAgent:
     def message_limit(self, start: bytes) -> int:
         return MAX_OVERHEAD_BYTES + read_header(start, max_body_bytes=1 << 40).body_bytes
 
-    def handle(self, stage: Stage, data: bytes) -> bytes:
+    def handle(self, stage: Stage, data: Bytes | Envelope) -> Envelope:
         site = self.home.site
         asked = open_message(
             data, keys={SERVER: key_of("operator").public}, max_body_bytes=2 * self._plan.size + (1 << 20),

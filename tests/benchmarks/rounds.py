@@ -30,13 +30,13 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from client.app import app as client_app
+from client.app import relaying
 from deploy.local.flower import FAB, PLAIN_FLOWER, Tuning, flower_engine
 from deploy.local.guardian import marked_processes
 from deploy.local.inprocess import run_inprocess
 from deploy.local.processes import command_line
 from server.cohort import Cohort
-from tests.benchmarks.exchange_study import Plan, run_exchanges, serve_agents
+from tests.benchmarks.exchange_study import EchoAgent, Plan, run_exchanges
 
 MB = 1_000_000
 _ROUNDS = 3
@@ -117,17 +117,13 @@ def _in_process(sites: int, progress: Progress) -> tuple[float, float]:
     def main(grid: Grid, context: Context) -> None:
         run_exchanges(Cohort(grid, plan.study), plan, took)
 
-    with tempfile.TemporaryDirectory(prefix="fedrad-") as name:
-        services = serve_agents(plan, Path(name))
-        nodes = {
-            100 + number: {"site": site, "agent": f"unix://{name}/{site}.sock"}
-            for number, site in enumerate(plan.names)
-        }
-        try:
-            run_inprocess(app, client_app, node_configs=nodes, run_config={})
-        finally:
-            for service in services:
-                service.stop(None)
+    agents = {site: EchoAgent(plan, site) for site in plan.names}
+    run_inprocess(
+        app,
+        relaying(lambda context, stage, sent: agents[str(context.node_config["site"])].handle(stage, sent)),
+        node_configs={100 + number: {"site": site} for number, site in enumerate(plan.names)},
+        run_config={},
+    )
     return _median(seconds["large"]) + _median(seconds["small"]), (cpu[-1] - cpu[1]) / (len(cpu) - 2)
 
 

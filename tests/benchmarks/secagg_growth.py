@@ -22,7 +22,17 @@ from typing import Any
 import numpy as np
 
 from client.secagg import SiteRound
-from common.protocol import SERVER, Expected, Message, Stage, open_message, pack_body, seal_reply, unpack_body
+from common.protocol import (
+    SERVER,
+    Expected,
+    Message,
+    Stage,
+    cut_envelope,
+    open_message,
+    pack_body,
+    seal_reply,
+    unpack_body,
+)
 from common.relay import PART_BYTES, join_envelope, split_envelope
 from common.secagg.messages import Opening, Upload, format_upload, parse_upload
 from server.secagg import ServerRound
@@ -86,7 +96,7 @@ def site_memory(values: int, count: int) -> dict[str, float]:
         del units
         reply = seal_reply(key_of("north"), message, nonce="1" * 32, body=body)
         del body
-        spool.write(reply)
+        spool.writelines((reply.frame, reply.body))
         at_site = multiple(before, values)
         del reply
         spool.seek(0)
@@ -94,7 +104,7 @@ def site_memory(values: int, count: int) -> dict[str, float]:
         joined = bytearray()
         while frame := spool.read(FRAME_BYTES):
             joined += frame
-        parts = split_envelope("contribute", joined)
+        parts = split_envelope("contribute", cut_envelope(joined))
         in_relay = multiple(before, values)
     if sum(len(part["envelope"]) for part in parts.values()) != len(joined):
         raise ValueError("expected the envelope in parts")
@@ -145,7 +155,7 @@ def mask_into(machine: SiteRound, path: Path, values: int) -> Upload:
 
 def seal_into(path: Path, masked: Path, message: Message, upload: Upload) -> Upload:
     body = pack_body({"form": "masked"}, format_upload(upload), masked.read_bytes())
-    path.write_bytes(seal_reply(key_of("north"), message, nonce="1" * 32, body=body))
+    path.write_bytes(bytes(seal_reply(key_of("north"), message, nonce="1" * 32, body=body)))
     return upload
 
 
@@ -153,9 +163,12 @@ def receive(path: Path, server: ServerRound, name: str, total: Any) -> None:
     """Take one reply in as the server does: parts, envelope, signature, digests, sum."""
     records: dict[str, Any] = {}
     with path.open("rb") as file:
-        while part := file.read(PART_BYTES):
+        start = file.read(8)
+        part = start + file.read(64 + int.from_bytes(start[4:], "big"))
+        while part:
             number = len(records)
             records[f"fedrad.{number}" if number else "fedrad"] = {"stage": "contribute", "envelope": part}
+            part = file.read(PART_BYTES)
     del part
     _, data = join_envelope(records)
     reply = open_message(

@@ -33,7 +33,7 @@ def serve(home: Path, request: bytes, sent: Path) -> int:
         return pid
     try:
         agent = SiteAgent(open_home(home), models=POOL, clock=Clock())
-        write_atomic(sent, agent.handle(Stage.CONTRIBUTE, request))
+        write_atomic(sent, bytes(agent.handle(Stage.CONTRIBUTE, request)))
     finally:
         os._exit(0)
 

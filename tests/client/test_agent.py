@@ -39,7 +39,7 @@ from common.identity import Purpose, SigningKey, load_key
 from common.ledger.note import format_lines, parse_lines
 from common.ledger.statements import commit, parse_participation
 from common.model.lora import vector_sha256, vector_to_bytes
-from common.protocol import Kind, Stage, pack_body, unpack_body
+from common.protocol import Envelope, Kind, Stage, pack_body, unpack_body
 from common.records import sign_record, signed_from_json, signed_to_json
 from common.secagg.context import context_digest, keys_message, receipt_message, setup_digest
 from common.secagg.messages import (
@@ -130,12 +130,12 @@ def shown_of(tape: Tape, round: int) -> list[Any]:
     return [meta["records"], *(bytes(part) for part in ledger)]
 
 
-def body_of(reply: bytes) -> bytes:
+def body_of(reply: bytes | Envelope) -> bytes:
     assert not refusal_of(reply), unpack_body(split_message(reply)[2], fields={"error": str, "message": str})
     return split_message(reply)[2]
 
 
-def vector_of(reply: bytes) -> bytes:
+def vector_of(reply: bytes | Envelope) -> bytes:
     """The vector of a contribution; statement and commitment rest on a seed of the agent's own."""
     *_, vector = unpack_body(body_of(reply), fields={"adapter_sha256": str, "form": str}, parts=6)[1]
     return bytes(vector)

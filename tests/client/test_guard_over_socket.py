@@ -17,7 +17,7 @@ import pytest
 from client.agent import SiteAgent
 from client.service import AgentRefused, ProgressBoard, call_agent, start_service
 from common import errors
-from common.protocol import Stage
+from common.protocol import Envelope, Stage
 from tests.client import test_agent
 from tests.client.test_agent import *  # noqa: F403
 from tests.simulator import NodeDown, Tape, refusal_of
@@ -36,9 +36,9 @@ class Relayed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._agent, name)
 
-    def handle(self, stage: Stage, data: bytes) -> bytes:
+    def handle(self, stage: Stage, data: bytes) -> Envelope:
         try:
-            return bytes(call_agent(self._address, stage, data, timeout_s=120))
+            return call_agent(self._address, stage, Envelope(b"", data), timeout_s=120)
         except AgentRefused as refusal:
             name, _, text = str(refusal).partition(": ")
             raise getattr(errors, name)(text) from refusal

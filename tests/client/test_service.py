@@ -18,7 +18,7 @@ from client.agent import Progress, SiteAgent
 from client.home import open_home
 from client.service import FRAME_BYTES, AgentRefused, ProgressBoard, call_agent, start_service
 from common.errors import AgentUnavailable, BodyTooLarge
-from common.protocol import SERVER, Stage, pack_body, seal_request
+from common.protocol import SERVER, Envelope, Stage, pack_body, seal_request
 from tests.simulator import POOL, Consortium, build, split_message
 
 SITE = "alpha"
@@ -42,14 +42,14 @@ def path(tmp_path: Path, agent: SiteAgent) -> Iterator[Path]:
     server.stop(0).wait()
 
 
-def hello(world: Consortium) -> bytes:
+def hello(world: Consortium) -> Envelope:
     return seal_request(
         world.operator, study=world.study.sha256, round=0, attempt=1, stage=Stage.HELLO, sender=SERVER,
         recipient=SITE, nonce="0" * 32, previous=world.study.sha256, body=pack_body({}),
     )  # fmt: skip
 
 
-def call(path: Path, envelope: bytes) -> bytes:
+def call(path: Path, envelope: Envelope) -> Envelope:
     return call_agent(f"unix:{path}", Stage.HELLO, envelope, timeout_s=60)
 
 
@@ -60,9 +60,9 @@ def test_a_request_goes_to_the_agent_and_its_reply_comes_back(world: Consortium,
 
 def test_a_refusal_before_authentication_crosses_by_name(world: Consortium, path: Path) -> None:
     with pytest.raises(AgentRefused, match="EnvelopeMalformed"):
-        call(path, b"junk" * 50)
+        call(path, Envelope(b"", b"junk" * 50))
     with pytest.raises(AgentRefused, match="EnvelopeMalformed"):
-        call(path, b"")
+        call(path, Envelope(b"", b""))
 
 
 def test_the_socket_is_for_its_owner_only(path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_agent_says_whose_it_is(path: Path) -> None:
 
 def test_an_agent_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(AgentUnavailable, match="fedrad-site up"):
-        call_agent(f"unix:{tmp_path / 'none.sock'}", Stage.HELLO, b"x", timeout_s=2)
+        call_agent(f"unix:{tmp_path / 'none.sock'}", Stage.HELLO, Envelope(b"", b"x"), timeout_s=2)
 
 
 def test_a_stale_socket_is_replaced(world: Consortium, agent: SiteAgent, tmp_path: Path) -> None:
@@ -114,12 +114,12 @@ def endless(start: bytes) -> Iterator[Any]:
 
 def test_a_stream_longer_than_its_header_says_is_cut_off(world: Consortium, agent: SiteAgent) -> None:
     with pytest.raises(BodyTooLarge):
-        service._join(endless(hello(world)), limit=agent.message_limit)
+        service._join(endless(bytes(hello(world))), limit=agent.message_limit)
 
 
 def test_a_stream_over_the_cap_is_refused_through_the_socket(world: Consortium, path: Path) -> None:
     with pytest.raises(AgentRefused, match="BodyTooLarge"):
-        call(path, hello(world) + bytes(24 << 20))
+        call(path, Envelope(bytes(hello(world)), bytes(24 << 20)))
     assert split_message(call(path, hello(world)))[0].sender == SITE
 
 

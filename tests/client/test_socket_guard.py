@@ -33,7 +33,7 @@ from client.socket_guard import (
     verify_peer,
 )
 from common.errors import AgentUnavailable, PeerRefused, SocketInvalid, TooFrequent
-from common.protocol import SERVER, Stage, pack_body, seal_request
+from common.protocol import SERVER, Envelope, Stage, pack_body, seal_request
 from tests.simulator import POOL, Consortium, build, split_message
 
 SITE = "alpha"
@@ -81,7 +81,7 @@ def start(agent: SiteAgent) -> Iterator[Start]:
             service.stop(None).wait()
 
 
-def hello(world: Consortium) -> bytes:
+def hello(world: Consortium) -> Envelope:
     return seal_request(
         world.operator, study=world.study.sha256, round=0, attempt=1, stage=Stage.HELLO, sender=SERVER,
         recipient=SITE, nonce="0" * 32, previous=world.study.sha256, body=pack_body({}),
@@ -352,9 +352,9 @@ def test_calls_too_often_are_refused_by_name(
     with grpc.insecure_channel(f"unix:{path}") as channel, caplog.at_level(logging.WARNING, "fedrad.agent"):
         stub = agent_pb2_grpc.SiteAgentStub(channel)
         for _ in range(2):
-            assert list(stub.Hello(iter([agent_pb2.Frame(data=hello(world))]), timeout=60))
+            assert list(stub.Hello(iter([agent_pb2.Frame(data=bytes(hello(world)))]), timeout=60))
         with pytest.raises(grpc.RpcError) as failure:
-            list(stub.Hello(iter([agent_pb2.Frame(data=hello(world))]), timeout=60))
+            list(stub.Hello(iter([agent_pb2.Frame(data=bytes(hello(world)))]), timeout=60))
     assert "TooFrequent" in str(failure.value)
     said(caplog, "refused a call: TooFrequent")
 
@@ -376,7 +376,7 @@ def test_a_request_that_trickles_in_is_cut_off_and_named(
     release = threading.Event()
 
     def trickle() -> Iterator[agent_pb2.Frame]:
-        yield agent_pb2.Frame(data=hello(world)[:-1])
+        yield agent_pb2.Frame(data=bytes(hello(world))[:-1])
         release.wait(20)
 
     with grpc.insecure_channel(f"unix:{path}") as channel, caplog.at_level(logging.WARNING, "fedrad.agent"):

@@ -42,7 +42,7 @@ def request(body: bytes = BODY, **fields: Any) -> bytes:
         "study": STUDY, "round": 3, "attempt": 1, "stage": Stage.CONTRIBUTE, "sender": "server",
         "recipient": "alpha", "nonce": "12" * 16, "previous": "ef" * 32,
     }  # fmt: skip
-    return protocol.seal_request(SERVER, body=body, **{**about, **fields})
+    return bytes(protocol.seal_request(SERVER, body=body, **{**about, **fields}))
 
 
 EXPECTED = Expected(
@@ -51,7 +51,7 @@ EXPECTED = Expected(
 )  # fmt: skip
 
 
-def opened(data: bytes, expected: Expected = EXPECTED) -> protocol.Message:
+def opened(data: bytes | protocol.Envelope, expected: Expected = EXPECTED) -> protocol.Message:
     return protocol.open_message(data, keys=KEYS, expected=expected, max_body_bytes=CAP)
 
 
@@ -71,7 +71,7 @@ def test_a_message_opens_to_what_was_sealed() -> None:
     message = opened(request())
     assert message.body == BODY
     assert message.header.kind is Kind.REQUEST
-    assert message.sha256 == sha256_hex(request())
+    assert message.sha256 == sha256_hex(request()[: -len(BODY)])
 
 
 def test_a_header_parses_to_what_was_formatted() -> None:
@@ -88,7 +88,8 @@ def test_a_reply_names_the_request_that_it_answers() -> None:
 
 def test_the_answer_to_another_request_is_refused() -> None:
     reply = protocol.seal_reply(SITE, opened(request()), nonce="34" * 16, body=pack_body({}))
-    expected = Expected(study=STUDY, recipient="server", answers=sha256_hex(request(nonce="56" * 16)))
+    other = opened(request(nonce="56" * 16))
+    expected = Expected(study=STUDY, recipient="server", answers=other.sha256)
     with pytest.raises(MessageReplayed):
         opened(reply, expected)
 
@@ -204,10 +205,36 @@ def test_another_version_is_refused_by_name(version: Any) -> None:
         opened(with_header(version=version))
 
 
-def test_sealing_a_body_that_the_header_does_not_describe_is_refused() -> None:
+def test_a_body_that_the_header_does_not_describe_is_not_opened() -> None:
     header = opened(request()).header
     with pytest.raises(BodyHashMismatch):
-        protocol.seal(SERVER, header, b"another")
+        opened(protocol.seal(SERVER, header, b"another"))
+
+
+def test_a_message_in_two_pieces_is_the_message_in_one() -> None:
+    whole = protocol.cut_envelope(request())
+    assert bytes(whole) == request() and len(whole) == len(request())
+    assert opened(whole) == opened(request())
+
+
+def test_a_hash_given_for_a_shared_body_is_checked_on_arrival() -> None:
+    assert opened(request(body_sha256=sha256_hex(BODY))).body == BODY
+    with pytest.raises(BodyHashMismatch):
+        opened(request(body_sha256=OTHER))
+
+
+@pytest.mark.parametrize("extra", [b"x", BODY])
+def test_a_frame_with_more_than_its_signature_is_refused(extra: bytes) -> None:
+    whole = protocol.cut_envelope(request())
+    with pytest.raises(EnvelopeMalformed):
+        opened(protocol.Envelope(whole.frame + extra, whole.body))
+
+
+@pytest.mark.parametrize("cut", [0, 4, 7, 8, 100, -1])
+def test_a_truncated_frame_is_refused(cut: int) -> None:
+    whole = protocol.cut_envelope(request())
+    with pytest.raises(EnvelopeMalformed):
+        opened(protocol.Envelope(whole.frame[:cut], whole.body))
 
 
 # --- bodies -------------------------------------------------------------------------------------------------

@@ -7,33 +7,57 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import relay
-from common.errors import BodyTooLarge, RelayInvalid
-from common.relay import PART_BYTES, RECORD, join_envelope, split_envelope
+from common.errors import BodyTooLarge, EnvelopeMalformed, FedRadError, RelayInvalid
+from common.protocol import Envelope
+from common.relay import PART_BYTES, RECORD, body_parts, join_envelope, split_envelope
 
 Records = dict[str, dict[str, object]]
+FRAME = b"FRM1" + (2).to_bytes(4, "big") + b"{}" + bytes(64)
 
 
-@given(stage=st.text(max_size=20), envelope=st.binary(max_size=100))
-def test_a_small_envelope_is_one_record(stage: str, envelope: bytes) -> None:
-    records = split_envelope(stage, envelope)
-    assert records == {RECORD: {"stage": stage, "envelope": envelope}}
-    joined = join_envelope(records)
-    assert (joined[0], bytes(joined[1])) == (stage, envelope)
+@given(stage=st.text(max_size=20), body=st.binary(max_size=100))
+def test_a_small_envelope_is_one_record(stage: str, body: bytes) -> None:
+    records = split_envelope(stage, Envelope(FRAME, body))
+    assert records == {RECORD: {"stage": stage, "envelope": FRAME + body}}
+    assert join_envelope(records) == (stage, Envelope(FRAME, body))
     assert not records, "the parts stay in memory twice"
 
 
-@pytest.mark.parametrize("size", [PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES])
+@pytest.mark.parametrize("size", [PART_BYTES - len(FRAME), PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES])
 def test_what_is_split_is_joined(size: int) -> None:
-    envelope = bytes(range(251)) * (size // 251 + 1)
-    records = split_envelope("contribute", envelope[:size])
-    assert len(records) == -(-size // PART_BYTES)
+    body = (bytes(range(251)) * (size // 251 + 1))[:size]
+    records = split_envelope("contribute", Envelope(FRAME, body))
+    assert len(records) == (1 if size + len(FRAME) <= PART_BYTES else 1 + -(-size // PART_BYTES))
     assert all(len(fields["envelope"]) <= PART_BYTES for fields in records.values())
-    stage, joined = join_envelope(dict(reversed(list(records.items()))))
-    assert stage == "contribute" and bytes(joined) == envelope[:size]
+    assert join_envelope(dict(reversed(list(records.items())))) == ("contribute", Envelope(FRAME, body))
+
+
+def test_two_sites_messages_share_the_records_of_one_body() -> None:
+    body = bytes(2 * PART_BYTES)
+    parts = body_parts(body)
+    other = FRAME[:-1] + b"x"
+    one, two = (split_envelope("x", Envelope(frame, body), parts) for frame in (FRAME, other))
+    assert {name for name in one if one[name] != two[name]} == {RECORD}
+    assert all(one[name]["envelope"] is two[name]["envelope"] for name in one if name != RECORD)
+    assert one == split_envelope("x", Envelope(FRAME, body))
+
+
+def test_bytes_that_no_frame_begins_are_refused() -> None:
+    with pytest.raises(EnvelopeMalformed):
+        join_envelope({RECORD: {"stage": "x", "envelope": b"junk" * 50}})
+
+
+@pytest.mark.parametrize("first", [b"", FRAME[:-1], FRAME + b"x", b"junk" * 50])
+def test_a_first_record_that_is_no_frame_is_refused(first: bytes) -> None:
+    records = three_parts()
+    records[RECORD]["envelope"] = first
+    with pytest.raises(FedRadError):
+        join_envelope(records)
 
 
 def three_parts() -> Records:
-    return {name: dict(fields) for name, fields in split_envelope("x", bytes(2 * PART_BYTES + 1)).items()}
+    records = split_envelope("x", Envelope(FRAME, bytes(PART_BYTES + 1)))
+    return {name: dict(fields) for name, fields in records.items()}
 
 
 def without_the_middle(records: Records) -> None:
@@ -86,8 +110,8 @@ def test_records_that_no_split_makes_are_refused(damage: object) -> None:
 
 def test_an_oversized_envelope_is_refused_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     records = three_parts()
-    monkeypatch.setattr(relay, "MAX_ENVELOPE_BYTES", 2 * PART_BYTES)
+    monkeypatch.setattr(relay, "MAX_ENVELOPE_BYTES", PART_BYTES)
     with pytest.raises(BodyTooLarge):
-        split_envelope("x", bytes(2 * PART_BYTES + 1))
+        split_envelope("x", Envelope(FRAME, bytes(2 * PART_BYTES + 1)))
     with pytest.raises(BodyTooLarge):
         join_envelope(records)

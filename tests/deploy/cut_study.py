@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import replace
 
 from common.config import Study, TensorSpec
-from common.protocol import SERVER, Stage, pack_body, seal_request
+from common.protocol import SERVER, Envelope, Stage, pack_body, seal_request
 from tests.common.ledger.consortium import key_of, study
 
 SITE = "north"
@@ -20,7 +20,7 @@ def cut_study() -> Study:
     return replace(made, adapter=replace(made.adapter, tensors=(tensor,)))
 
 
-def request() -> bytes:
+def request() -> Envelope:
     return seal_request(
         key_of("operator"), study=cut_study().sha256, round=0, attempt=1, stage=Stage.CONTRIBUTE,
         sender=SERVER, recipient=SITE, nonce="0" * 32, previous="0" * 64, body=pack_body({}, b"the adapter"),

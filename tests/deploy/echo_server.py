@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from common.relay import join_envelope, split_envelope
+from tests.deploy.echo_client import unsigned
 
 app = ServerApp()
 
@@ -35,7 +36,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def ask(grid: Grid, nodes: list[int], stage: str, envelope: bytes) -> dict[int, bytes]:
     """Send one stage to all nodes and return the reply envelopes, errors as text."""
-    records = {key: ConfigRecord(fields) for key, fields in split_envelope(stage, envelope).items()}
+    records = {key: ConfigRecord(fields) for key, fields in split_envelope(stage, unsigned(envelope)).items()}
     messages = [Message(RecordDict(dict(records)), node, "query.relay") for node in nodes]
     waiting = set(grid.push_messages(messages))
     replies: dict[int, bytes] = {}
@@ -46,7 +47,7 @@ def ask(grid: Grid, nodes: list[int], stage: str, envelope: bytes) -> dict[int, 
             if reply.has_error():
                 replies[node] = f"error {reply.error.code}: {reply.error.reason}".encode()
             else:
-                replies[node] = join_envelope(reply.content)[1]
+                replies[node] = bytes(join_envelope(reply.content)[1].body)
         time.sleep(0.1 if waiting else 0.0)
     return replies
 

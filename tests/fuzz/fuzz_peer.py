@@ -109,19 +109,19 @@ def envelope() -> Target:
         opened = protocol.open_message(
             data, keys={protocol.SERVER: KEY.public}, expected=expected, max_body_bytes=1 << 16
         )
-        if protocol.seal(KEY, opened.header, opened.body) != data:
+        if bytes(protocol.seal(KEY, opened.header, opened.body)) != data:
             raise ValueError("expected the one encoding of a message")
 
     return Target([request()], check)
 
 
 def request(body: bytes | None = None) -> bytes:
-    return protocol.seal_request(
+    return bytes(protocol.seal_request(
         KEY, study="ab" * 32, round=3, attempt=1, stage=protocol.Stage.CONTRIBUTE, sender=protocol.SERVER,
         recipient="alpha", nonce="0" * 32, previous="cd" * 32,
         body=protocol.pack_body({"cohort": ["alpha"], "deadline_unix_s": 1.5}, b"part", b"")
         if body is None else body,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def body() -> Target:
@@ -159,7 +159,7 @@ def reply() -> Target:
                 parse(message)
 
     def answer(body: bytes, refusal: bool = False) -> bytes:
-        answered = protocol.seal_reply(KEY, asked, nonce="1" * 32, body=body, refusal=refusal)
+        answered = bytes(protocol.seal_reply(KEY, asked, nonce="1" * 32, body=body, refusal=refusal))
         size = int.from_bytes(answered[4:8], "big")
         return frame(answered[8 : 8 + size], body)
 

@@ -181,7 +181,7 @@ def altered(world: Consortium, site: str, stage: Stage, change: Callable[[bytes]
         own, _, body = split_message(reply)
         changed = change(body)
         about = {"body_bytes": len(changed), "body_sha256": sha256_hex(changed)}
-        return seal(world.agent(site)._key, replace(own, **about), changed)
+        return bytes(seal(world.agent(site)._key, replace(own, **about), changed))
 
     world.after = after
 
