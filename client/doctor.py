@@ -181,6 +181,8 @@ def check_gpu(machine: MachineFacts, *, required: bool = False) -> list[Finding]
     card = largest_card(machine.cards)
     if card is None:
         seen = "no NVIDIA card found: drafting and training run on the CPU"
+        if required:
+            seen = f"expected a graphics card (--gpu), got none; {seen.partition(': ')[2]}"
         todo = "install the driver (`nvidia-smi` must answer) and pass the card into the container or unit"
         return [Finding("gpu", State.FAIL, seen, todo) if required else Finding("gpu", State.OK, seen)]
     found = [

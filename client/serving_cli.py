@@ -27,7 +27,14 @@ Base = Annotated[
     Path | None, typer.Option("--base", help="Base model directory, if not this site's or tiny.")
 ]
 Unprotected = Annotated[bool, typer.Option(help="Allow a release without differential privacy.")]
-Merge = Annotated[bool, typer.Option("--merge", help="Run base and adapter merged, from a fresh copy.")]
+Merge = Annotated[
+    bool,
+    typer.Option(
+        "--merge",
+        help="Run base and adapter merged, from a fresh copy in the cache: 4 bytes of disk per weight, and "
+        "as much memory while it is made.",
+    ),
+]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Leave the graphics card alone.")]
 Threads = Annotated[int, typer.Option(min=1, max=256, help="CPU threads of the engine.")]
 
@@ -120,7 +127,7 @@ def bench(
     release: ReleaseFolder = None,
     base: Base = None,
     reports: Annotated[int, typer.Option(min=1, max=1000, help="Made-up studies to write.")] = 8,
-    tokens: Annotated[int, typer.Option(min=8, max=2048, help="Tokens of each report.")] = 64,
+    tokens: Annotated[int, typer.Option(min=8, max=2048, help="Tokens of each report, at most.")] = 64,
     merge: Merge = False,
     threads: Threads = 1,
     cpu: Cpu = False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import signal
 import ssl
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from client.serving.engine import Ask
 from client.serving.guard import CalibratedGuard, calibrate_guard, guard_path, pick_pictures, read_guard
 from client.serving.guard_image import format_guard
 from client.serving.http import HttpSettings, create_app
+from client.serving.merging import merge_bytes
 from client.serving.picture import Picture, prepared
 from client.serving.plan import EnginePlan, find_device, plan_engine
 from client.serving.retention import DAY_S, keep_purging
@@ -40,6 +42,7 @@ from common.model.images import read_processor
 if TYPE_CHECKING:
     from client.releases import ModelStore
 
+_LOG = logging.getLogger("fedrad.serving")
 Progress = Callable[[str, int, int], None]
 
 
@@ -133,6 +136,9 @@ async def open_service(
     launch: Launch, *, progress: Progress, plan: EnginePlan | None = None
 ) -> DraftingService:
     """Start engine and guard and return the service; the caller closes it."""
+    if launch.source.merged is not None:
+        needed = merge_bytes(launch.source.base) / 1e9
+        _LOG.info("merged copies in %s: %.1f GB each, two are kept", launch.source.merged, needed)
     plan = plan or engine_plan(launch.source, max_batch=launch.max_batch, use_card=launch.use_card)
     engine = WorkerEngine(launch.source, plan, threads=launch.threads)
     await engine.start()

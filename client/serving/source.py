@@ -1,22 +1,17 @@
 """Which release an engine runs, from which base: what a worker process is told, and the model it makes of it.
 
 Guarantees: the release's signature and the base's hashes are verified before a weight is used; the base's
-files are only read. A merged model lives in a fresh directory beside it, named by release and base.
+files are only read. Merged copies: see `merging`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.serving.engine import ModelVersion
-from common.canonical import sha256_hex
-from common.errors import BaseInvalid, EngineFailed
-from common.files import sync_directory, write_atomic
+from common.errors import EngineFailed
 from common.model.manifest import verify_base
 from common.model.release import Release, open_release
 
@@ -81,6 +76,8 @@ def load_source(source: ReleaseSource, plan: EnginePlan) -> tuple[Any, Any, Rele
     release = source.opened()
     verify_base(source.base, release.study.base.files)
     if source.merged is not None:
+        from client.serving.merging import merge_release
+
         directory = merge_release(release, base=source.base, into=source.merged)
         model, tokenizer = _load(directory, plan)
         return model, tokenizer, release
@@ -90,52 +87,6 @@ def load_source(source: ReleaseSource, plan: EnginePlan) -> tuple[Any, Any, Rele
     adapted = attach_adapter(base, tokenizer, source.base, release.study.adapter)
     adapted.write_vector(release.adapter)
     return adapted.model, tokenizer, release
-
-
-def merge_release(release: Release, *, base: Path, into: Path) -> Path:
-    """Write base and adapter as one checkpoint into a fresh directory, or find it there; returns it.
-
-    The sum is taken once, in float32, from the base's own files, which stay as they are: repeated merging
-    in place drifts. The copy appears whole or not at all, and is checked by hash when it is found.
-    """
-    import torch
-
-    from common.model.loading import load_adapted
-
-    pinned = sha256_hex(repr(release.study.base.files).encode())[:12]
-    final = into / f"{release.note.adapter_sha256[:24]}-{pinned}"
-    if final.is_dir():
-        _verify_merged(final)
-        return final
-    staging = into / f".{final.name}.{os.getpid()}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        adapted = load_adapted(base, release.study.adapter)
-        adapted.write_vector(release.adapter)
-        with torch.no_grad():
-            merged = adapted.model.merge_and_unload()
-        merged.save_pretrained(staging)
-        for path in base.iterdir():
-            if path.is_file() and not (staging / path.name).exists() and not _is_weights(path):
-                shutil.copyfile(path, staging / path.name)
-        hashes = {path.name: _file_sha256(path) for path in sorted(staging.iterdir())}
-        write_atomic(staging / "merged.json", json.dumps(hashes, indent=1).encode())
-        os.replace(staging, final)
-        sync_directory(into)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return final
-
-
-def _verify_merged(directory: Path) -> None:
-    try:
-        hashes = json.loads((directory / "merged.json").read_text())
-        wrong = [name for name, expected in hashes.items() if _file_sha256(directory / name) != expected]
-    except (OSError, ValueError, AttributeError) as error:
-        raise BaseInvalid(f"{directory}: expected a merged copy, got a damaged one; remove it") from error
-    if wrong:
-        raise BaseInvalid(f"{directory / wrong[0]}: expected the merged file, got another; remove the copy")
 
 
 def _load(directory: Path, plan: EnginePlan) -> tuple[Any, Any]:
@@ -171,14 +122,3 @@ def _load_nf4(directory: Path, plan: EnginePlan) -> tuple[Any, Any]:
     )
     model.requires_grad_(False)
     return model.eval(), AutoTokenizer.from_pretrained(directory, local_files_only=True)
-
-
-def _is_weights(path: Path) -> bool:
-    return path.suffix in {".safetensors", ".bin", ".pt", ".pth"} or path.name.endswith(".index.json")
-
-
-def _file_sha256(path: Path) -> str:
-    import hashlib
-
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

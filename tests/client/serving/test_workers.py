@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from client.serving.engine import Result, Token
-from client.serving.source import load_source, version_of
+from client.serving.source import load_source
 from client.serving.workers import WorkerEngine
 from common.errors import BaseHashMismatch, EngineBusy, EngineStopped, EngineWorkerDied, PromptTooLong
 from common.model import tiny
-from tests.client.serving.models import PLAN, ask, decoder, talkative_base, talkative_source
+from tests.client.serving.models import PLAN, ask, decoder, talkative_source
 from tests.client.serving.test_decoding import drain
 
 
@@ -176,28 +176,3 @@ def test_a_base_that_is_not_the_pinned_one_is_refused_by_name() -> None:
         assert engine.pid is None
 
     asyncio.run(whole())
-
-
-@pytest.mark.slow
-def test_a_merged_copy_answers_the_same_and_the_base_stays(tmp_path: Any) -> None:
-    before = {path.name: path.read_bytes() for path in talkative_base().iterdir()}
-    source = talkative_source(merged=tmp_path / "merged")
-    model, words, release = load_source(source, PLAN)
-    plain, _, _ = load_source(talkative_source(), PLAN)
-    merged, unmerged = decoder(model, words, max_batch=1), decoder(plain, words, max_batch=1)
-    for seed in range(4):
-        merged.submit(seed, ask(seed))
-        unmerged.submit(seed, ask(seed))
-    one, other = drain(merged), drain(unmerged)
-    assert [one[i].token_ids for i in range(4)] == [other[i].token_ids for i in range(4)]
-    assert not any("lora" in name for name, _ in model.named_parameters())
-    assert before == {path.name: path.read_bytes() for path in talkative_base().iterdir()}
-    assert version_of(release, version=4).label.startswith(release.study.study.id)
-    load_source(source, PLAN)  # found, checked, not made again
-    (copy,) = (tmp_path / "merged").iterdir()
-    with (copy / "config.json").open("a") as file:
-        file.write(" ")
-    from common.errors import BaseInvalid
-
-    with pytest.raises(BaseInvalid, match="merged"):
-        load_source(source, PLAN)
