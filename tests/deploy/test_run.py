@@ -96,7 +96,7 @@ def test_an_interrupted_run_says_that_it_can_go_on(
     small_data: Path, small_study: MakeStudy, tmp_path: Path, fedrad_local: Start
 ) -> None:
     out = tmp_path / "out"
-    process = fedrad_local("run", small_study(rounds=40), "--data", small_data, "--out", out, "--no-compare")
+    process = fedrad_local("run", small_study(rounds=400), "--data", small_data, "--out", out, "--no-compare")
     log = out / "server" / "log.jsonl"
     until = time.monotonic() + 120
     while not (log.is_file() and '"event": "round"' in log.read_text()) and time.monotonic() < until:
