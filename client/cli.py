@@ -102,9 +102,10 @@ def study_show(
 @study_app.command("approve")
 def study_approve(study: StudyArgument, home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
     """Sign a study's hash: from now on the agent serves it."""
-    from client.home import approve_study, find_study, open_home
+    from client.enrolment_cli import open_with_credentials
+    from client.home import approve_study, find_study
 
-    opened = open_home(home)
+    opened = open_with_credentials(home)
     sha256 = find_study(opened, study)
     approval = approve_study(opened, sha256).hex()
     value = _status(opened, sha256) | {"approval": approval, "site": opened.site}
@@ -178,7 +179,7 @@ def run_agent(
     _one_thread()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     from client.agent import SiteAgent
-    from client.home import open_home
+    from client.enrolment_cli import open_with_credentials
     from client.metrics import LOG_NAME
     from client.models import verify_unwritable
     from client.service import ProgressBoard, start_service
@@ -186,8 +187,7 @@ def run_agent(
     from common.errors import BaseWritable
     from common.logs import start_json_log
 
-    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-    opened = open_home(home, credentials=Path(credentials) if credentials else None)
+    opened = open_with_credentials(home)
     start_json_log(home / LOG_NAME)
     group = group_id(socket_group) if socket_group else None
     try:

@@ -49,7 +49,7 @@ from common.enrolment import (
 )
 from common.errors import CertificateInvalid, EnrolmentInvalid, KeyFileInvalid, SiteNotEnrolled
 from common.files import sync_directory, write_atomic
-from common.identity import SigningKey, fingerprint, load_or_create_key
+from common.identity import SigningKey, fingerprint, load_or_create_key, verify_private
 from common.ledger.entries import Enrolment
 
 REQUEST_NAME = "enrolment-request.json"
@@ -100,6 +100,8 @@ def request_enrolment(home: SiteHome, *, software: str, now: datetime) -> Enrolm
     """Make the keys that are missing and the request to send; the same request again until a key changes."""
     keys = home.directory / "keys"
     path = home.directory / REQUEST_NAME
+    if (home.directory / "enrolment.json").is_file():
+        _verify_keys_there(home)
     tls, node = _load_or_create_ec(tls_key_path(home)), _load_or_create_node(node_key_path(home))
     message = load_or_create_key(home.key_path)
     witness = load_or_create_key(home.witness_key_path)
@@ -115,6 +117,16 @@ def request_enrolment(home: SiteHome, *, software: str, now: datetime) -> Enrolm
     )  # fmt: skip
     write_atomic(path, format_request(request))
     return request
+
+
+def _verify_keys_there(home: SiteHome) -> None:
+    """Raise KeyFileInvalid where an enrolled site lacks a key: a new one would not be the enrolled one."""
+    for name in _KEYS:
+        if not home.key_file(name).exists():
+            raise KeyFileInvalid(
+                f"{home.key_file(name)}: expected the enrolled site's key, got none; where systemd holds it, "
+                "run this with its credentials (docs/deployment.md), where it is lost, with --new-keys"
+            )
 
 
 def request_rotation(
@@ -230,9 +242,7 @@ def renewal_request(home: SiteHome, *, now: datetime, nonce: str) -> SignedSiteR
 def load_ec_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Read a P-384 key, PKCS#8 or OpenSSH PEM, of mode 0600; raises KeyFileInvalid."""
     try:
-        mode = path.stat().st_mode & 0o777
-        if mode & 0o077:
-            raise KeyFileInvalid(f"{path}: expected mode 0600, got {mode:04o}; chmod 600 it")
+        verify_private(path)
         data = path.read_bytes()
         load = load_ssh_private_key if b"OPENSSH" in data[:64] else load_pem_private_key
         key = load(data, password=None)
@@ -268,6 +278,12 @@ def _take_next_keys(home: SiteHome, tls_sha256: str) -> None:
         raise CertificateInvalid(
             f"expected a certificate for this site's TLS key, got one for {tls_sha256[:16]}…"
         )
+    for name in _KEYS:
+        if (coming / name).is_file() and home.key_file(name) != home.directory / "keys" / name:
+            raise KeyFileInvalid(
+                f"{home.key_file(name)}: expected no systemd credential for a key that changes, got one; "
+                "take it out of the unit, install the bundle, then encrypt the new key"
+            )
     for name in reversed(_KEYS):  # the TLS key last: until it moves, the same bundle can be installed again
         if (coming / name).is_file():
             (coming / name).replace(home.directory / "keys" / name)

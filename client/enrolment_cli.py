@@ -71,9 +71,10 @@ def enrol(
         operator_key = open_home(home).operator_key if (home / "site.json").is_file() else ""
     if new_keys and (home / "site.json").is_file():
         set_keys_aside(open_home(home), now=utc_now())
-    made = create_home(
+    create_home(
         home, site=site, operator_key=operator_key, data=data, bases=bases, epsilon=epsilon, delta=delta
     )
+    made = open_with_credentials(home)
     request = request_enrolment(made, software=_software(), now=utc_now())
     value = {
         "site": site,
@@ -92,6 +93,16 @@ def enrol(
     )
 
 
+def open_with_credentials(home: Path) -> SiteHome:
+    """Open the site's directory, its keys from systemd's credentials where this process has them."""
+    import os
+
+    from client.home import open_home
+
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    return open_home(home, credentials=Path(directory) if directory else None)
+
+
 def renew(
     home: Home = _DEFAULT_HOME,
     out: Annotated[Path, typer.Option("--out", help="The request to write.")] = Path("renewal-request.json"),
@@ -101,11 +112,10 @@ def renew(
     import secrets
 
     from client.enrolment import renewal_request, utc_now
-    from client.home import open_home
     from common.enrolment import format_site_request
     from common.files import write_atomic
 
-    opened = open_home(home)
+    opened = open_with_credentials(home)
     request = renewal_request(opened, now=utc_now(), nonce=secrets.token_hex(16))
     write_atomic(out, format_site_request(request))
     value = {"site": opened.site, "request": str(out)}
@@ -123,9 +133,8 @@ def rotate(
 ) -> None:
     """Make new TLS and node keys and the request to use them; the old ones serve until the answer is in."""
     from client.enrolment import REQUEST_NAME, request_rotation, utc_now
-    from client.home import open_home
 
-    opened = open_home(home)
+    opened = open_with_credentials(home)
     request = request_rotation(opened, software=_software(), now=utc_now(), message_keys=message_keys)
     value = _request_value(opened, request, home / REQUEST_NAME)
     answer(
@@ -142,11 +151,11 @@ def _install(home: Path, path: Path, operator: str | None, *, as_json: bool) -> 
     from dataclasses import replace
 
     from client.enrolment import install_bundle, verify_operator
-    from client.home import create_home, open_home
+    from client.home import create_home
     from common.enrolment import parse_bundle
     from common.errors import EnrolmentInvalid
 
-    opened = open_home(home)
+    opened = open_with_credentials(home)
     try:
         signed = parse_bundle(path.read_bytes())
     except OSError as error:

@@ -110,8 +110,9 @@ def create_home(
     home = SiteHome(directory, site, operator_key, data, bases, epsilon, delta)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     (directory / "keys").mkdir(exist_ok=True, mode=0o700)
-    load_or_create_key(home.key_path)
-    load_or_create_key(home.witness_key_path)
+    if not (directory / "enrolment.json").is_file():  # an enrolled site's keys may be systemd's credentials
+        load_or_create_key(home.key_path)
+        load_or_create_key(home.witness_key_path)
     value = {
         "site": site,
         "operator_key": operator_key,

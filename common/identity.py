@@ -7,7 +7,9 @@ Keys are separate for messages and witnessing; TLS and Flower node keys live els
 
 from __future__ import annotations
 
+import os
 import stat
+import struct
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +21,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from common.canonical import sha256_hex
 from common.errors import KeyFileInvalid, SignatureInvalid
 from common.files import write_atomic
+
+_ACCESS_LIST = "system.posix_acl_access"
+_ENTRY = struct.Struct("<HHI")  # tag, permissions, id, after four bytes of version (posix_acl_xattr.h)
+_OWNER, _USER, _MASK = 0x01, 0x02, 0x10
 
 
 class Purpose(StrEnum):
@@ -89,9 +95,7 @@ def save_key(key: SigningKey, path: Path) -> None:
 def load_key(path: Path) -> SigningKey:
     """Read a private key; raises KeyFileInvalid when missing, of another kind or readable by others."""
     try:
-        mode = path.stat().st_mode
-        if stat.S_IMODE(mode) & 0o077:
-            raise KeyFileInvalid(f"{path}: expected mode 0600, got {stat.S_IMODE(mode):04o}; chmod 600 it")
+        verify_private(path)
         private = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except OSError as error:
         raise KeyFileInvalid(f"{path}: expected a private key, got {error.strerror}") from error
@@ -100,6 +104,29 @@ def load_key(path: Path) -> SigningKey:
     if not isinstance(private, Ed25519PrivateKey):
         raise KeyFileInvalid(f"{path}: expected an Ed25519 key, got another kind")
     return SigningKey(private)
+
+
+def verify_private(path: Path) -> None:
+    """Raise KeyFileInvalid where others than its owner and this process's user can read a key file.
+
+    systemd (from 254) gives a service its credentials as root's files of mode 0440: the group's bit is then
+    the mask of an access list that names the service's user alone (acl(5)). Raises OSError for no file.
+    """
+    mode = stat.S_IMODE(path.stat().st_mode)
+    others = 0o037 if mode & 0o070 == 0o040 and _only_mine(path) else 0o077
+    if mode & others:
+        raise KeyFileInvalid(f"{path}: expected mode 0600, got {mode:04o}; chmod 600 it")
+
+
+def _only_mine(path: Path) -> bool:
+    """Whether a file's access list lets in, besides its owner, only the user of this process."""
+    try:
+        data = os.getxattr(path, _ACCESS_LIST)
+    except (OSError, AttributeError):
+        return False
+    entries = [_ENTRY.unpack_from(data, at) for at in range(4, len(data) - _ENTRY.size + 1, _ENTRY.size)]
+    let_in = {(tag, who) for tag, may, who in entries if may and tag not in (_OWNER, _MASK)}
+    return let_in == {(_USER, os.geteuid())}
 
 
 def load_or_create_key(path: Path) -> SigningKey:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -138,10 +137,9 @@ def status(home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
 
 
 def _open(home: Path) -> SiteHome:
-    from client.home import open_home
+    from client.enrolment_cli import open_with_credentials
 
-    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-    return open_home(home.absolute(), credentials=Path(credentials) if credentials else None)
+    return open_with_credentials(home.absolute())
 
 
 def _server_host(home: SiteHome) -> str:

@@ -212,6 +212,36 @@ def test_keys_are_taken_from_systemds_credentials(tmp_path: Path, server: Server
         open_home(home.directory).message_key()
 
 
+def test_an_enrolled_site_without_a_key_makes_no_other(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    install_bundle(home, answer(server, home))
+    for name in KEYS:
+        kept = (home.directory / "keys" / name).read_bytes()
+        (home.directory / "keys" / name).unlink()
+        again = new_home(tmp_path, server)
+        with pytest.raises(KeyFileInvalid, match="--new-keys"):
+            request_enrolment(again, software="fedrad 0.1.0", now=NOW)
+        assert not (home.directory / "keys" / name).exists()
+        (home.directory / "keys" / name).write_bytes(kept)
+        (home.directory / "keys" / name).chmod(0o600)
+    assert request_enrolment(home, software="fedrad 0.1.0", now=NOW).keys.site == "north"
+
+
+def test_a_rotation_does_not_put_a_key_behind_a_credential(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    install_bundle(home, answer(server, home))
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    (home.directory / "keys" / "tls.key").rename(credentials / "fedrad-tls.key")
+    opened = open_home(home.directory, credentials=credentials)
+    request = request_rotation(opened, software="fedrad 0.1.0", now=NOW)
+    signed = rotate(server, server.authority(), request, fingerprint=fingerprint_of(request.keys), now=NOW)
+    with pytest.raises(KeyFileInvalid, match="credential"):
+        install_bundle(opened, signed)
+    (credentials / "fedrad-tls.key").rename(home.directory / "keys" / "tls.key")
+    install_bundle(home, signed)
+
+
 def test_the_certificate_is_public_and_the_key_is_not(tmp_path: Path, server: ServerHome) -> None:
     home = new_home(tmp_path, server)
     install_bundle(home, answer(server, home))

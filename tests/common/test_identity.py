@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,50 @@ def test_a_fingerprint_can_be_read_out_and_differs() -> None:
     words = fingerprint(KEY.public).split(" ")
     assert len(words) == 8 and all(len(word) == 4 for word in words)
     assert fingerprint(KEY.public) != fingerprint(SigningKey.from_seed(b"o" * 32).public)
+
+
+def give_access(path: Path, *entries: tuple[int, int, int]) -> None:
+    """Set a POSIX access list of (tag, permissions, id) beside the owner's, as the kernel stores it."""
+    undefined = 0xFFFFFFFF
+    whole = [(0x01, 4, undefined), *entries, (0x10, 4, undefined), (0x20, 0, undefined)]
+    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in whole)
+    try:
+        os.setxattr(path, "system.posix_acl_access", value)
+    except OSError as error:
+        pytest.skip(f"this file system has no access lists: {error.strerror}")
+    assert path.stat().st_mode & 0o777 == 0o440
+
+
+def test_a_credential_as_systemd_gives_it_to_a_services_user_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "fedrad-message.key"
+    save_key(KEY, path)
+    give_access(path, (0x02, 4, os.geteuid()), (0x04, 0, 0xFFFFFFFF))
+    assert load_key(path).public == KEY.public
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ((0x02, 4, 12345), (0x04, 0, 0xFFFFFFFF)),
+        ((0x02, 4, os.geteuid()), (0x02, 4, 12345), (0x04, 0, 0xFFFFFFFF)),
+        ((0x02, 4, os.geteuid()), (0x04, 4, 0xFFFFFFFF)),
+        ((0x02, 4, os.geteuid()), (0x04, 0, 0xFFFFFFFF), (0x08, 4, 100)),
+    ],
+    ids=["another user", "two users", "the file's group", "another group"],
+)
+def test_an_access_list_that_lets_others_in_is_refused(
+    tmp_path: Path, entries: tuple[tuple[int, int, int], ...]
+) -> None:
+    path = tmp_path / "message.key"
+    save_key(KEY, path)
+    give_access(path, *sorted(entries))
+    with pytest.raises(KeyFileInvalid, match="0440"):
+        load_key(path)
+
+
+def test_a_key_that_its_group_can_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "message.key"
+    save_key(KEY, path)
+    path.chmod(0o440)
+    with pytest.raises(KeyFileInvalid, match="0440"):
+        load_key(path)

@@ -83,10 +83,11 @@ class RealConsortium:
         for sha256 in list_studies(self.home(site)):
             approve_study(self.home(site), sha256)
 
-    def start_server(self, *arguments: str) -> None:
+    def start_server(self, *arguments: str, **more: str) -> None:
         self._start(
             "srv", "deploy.server.cli", "up", "--home", str(self.directory / "srv"),
             *("--superlink-port", "0", "--api-port", "0", "--listen", f"127.0.0.1:{self.port}"), *arguments,
+            **more,
         )  # fmt: skip
 
     def start_site(self, site: str, *arguments: str, python: str = sys.executable, **more: str) -> None:
