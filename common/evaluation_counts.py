@@ -17,6 +17,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from common.config import Study
 from common.errors import ScoresInvalid
 from common.labeller import LABELS, NO_FINDING
-from common.ledger.entries import Evaluation
+from common.ledger.entries import Evaluation, EvaluationSum
 from common.ledger.statements import bucket
 from common.privacy import mechanism
 from common.privacy.mechanism import PrivacyPlan, View, dequantise
@@ -76,21 +77,40 @@ def evaluation_plan(
     return mechanism.calibrate(
         target_site_epsilon=site_epsilon,
         target_release_epsilon=release_epsilon,
-        mode=mechanism.Mode(study.privacy.mode.value),
-        sites=len(study.cohort.site),
-        colluders=study.privacy.colluders,
-        dropouts=study.privacy.dropouts,
-        patients=study.training.patients,
-        sampling_rate=1.0,
-        studies_per_patient=studies_per_patient,
-        clip_norm=clip_norm,
-        units_per_clip=_UNITS_PER_CLIP,
-        dimension=DIMENSION,
-        rounds=rounds,
-        spare_rounds=study.privacy.spare_rounds,
-        local_steps=1,
-        delta=study.privacy.delta,
+        **_terms(study, rounds=rounds, studies_per_patient=studies_per_patient, clip_norm=clip_norm),
     )
+
+
+def stated_plan(study: Study, *, site_sigma_units: float) -> PrivacyPlan:
+    """Return the plan of a study's one evaluation in which each site's noise has this width.
+
+    What the widths that sites signed cost follows from it, whatever noise was aimed at. Raises PlanInvalid.
+    """
+    terms = _terms(study, rounds=1)
+    probe = PrivacyPlan(**terms, site_noise=1.0, release_noise=1.0)
+    noise = probe.noise_of_shares(site_sigma_units)
+    return PrivacyPlan(**terms, site_noise=noise, release_noise=noise)
+
+
+def _terms(
+    study: Study, *, rounds: int, studies_per_patient: int = 2, clip_norm: float = CLIP_NORM
+) -> dict[str, Any]:
+    return {
+        "mode": mechanism.Mode(study.privacy.mode.value),
+        "sites": len(study.cohort.site),
+        "colluders": study.privacy.colluders,
+        "dropouts": study.privacy.dropouts,
+        "patients": study.training.patients,
+        "sampling_rate": 1.0,
+        "studies_per_patient": studies_per_patient,
+        "clip_norm": clip_norm,
+        "units_per_clip": _UNITS_PER_CLIP,
+        "dimension": DIMENSION,
+        "rounds": rounds,
+        "spare_rounds": study.privacy.spare_rounds,
+        "local_steps": 1,
+        "delta": study.privacy.delta,
+    }
 
 
 @functools.lru_cache(maxsize=8)
@@ -152,7 +172,9 @@ def summarise(
     )
 
 
-def evaluation_entry(summary: Summary, *, number: int, adapter: str) -> Evaluation:
+def evaluation_entry(
+    summary: Summary, *, number: int, adapter: str, done: EvaluationSum | None = None
+) -> Evaluation:
     """Make the ledger's entry of a summary: scores with their intervals, ε, and the patients in a bucket."""
     metrics: dict[str, float] = {
         "site_epsilon": summary.site_epsilon,
@@ -168,6 +190,7 @@ def evaluation_entry(summary: Summary, *, number: int, adapter: str) -> Evaluati
         subgroup="all",
         studies=bucket(round(summary.patients)),
         metrics={name: round(value, 6) for name, value in metrics.items()},
+        sum=done,
     )
 
 

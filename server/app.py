@@ -324,8 +324,8 @@ def _evaluate(run: Run, state: StudyState) -> None:
             try:
                 collected = collect_masked(attempt, MaskingBook(run.opened.directory, study), {})
                 entry = evaluate_sum(
-                    study, collected, adapter=vector_sha256(state.adapter),
-                    spent=max((part.epsilon for part in attempt.statements.values()), default=0.0),
+                    study, collected, adapter=vector_sha256(state.adapter), attempt=pending.attempt,
+                    statements=attempt.statements.values(),
                 )  # fmt: skip
                 break
             except FedRadError as error:

@@ -18,6 +18,7 @@ from common.errors import FedRadError
 from common.ledger import log_checks, output_checks, study_checks
 from common.ledger.bundle import Bundle, pack, read_bundle
 from common.ledger.case import Case, read_case
+from common.ledger.evaluation_checks import check_evaluation
 from common.ledger.findings import Finding, Problem, Status, conclude
 from common.ledger.note import VerifierKey
 from common.ledger.privacy_checks import check_privacy
@@ -95,6 +96,7 @@ def verify_bundle(
             study_checks.check_contributions(case, study),
             study_checks.check_mechanism(study),
             *check_privacy(study),
+            check_evaluation(case, study),
             study_checks.check_code(study),
             output_checks.check_releases(case, study),
             output_checks.check_records(case, study),

@@ -200,8 +200,23 @@ class RoundRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationSum:
+    """Where the figures of an evaluation across sites come from: what each site signed, the server's noise.
+
+    The statements are those of the round after the last (number = the manifest's rounds).
+    """
+
+    attempt: int = ranged(1, 1000)
+    participations: tuple[Participation, ...]
+    server_sigma_units: float = ranged(0, 1e12)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Metrics of an adapter at a site (`site` = "all": pooled). A site's own is signed by the site."""
+    """Metrics of an adapter at a site (`site` = "all": pooled). A site's own is signed by the site.
+
+    `sum` is there for figures from a noised sum over sites; without it the field is left out of the JSON.
+    """
 
     number: int = ranged(0, 1_000_000)
     adapter: str = hex64()
@@ -209,6 +224,7 @@ class Evaluation:
     subgroup: str = text(_CODE_PATTERN)
     studies: str = text(_BUCKET_PATTERN)
     metrics: dict[str, float]
+    sum: EvaluationSum | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,6 +361,8 @@ def parse_entry(data: bytes) -> Entry:
     kind, body = value["kind"], value["body"]
     if kind == "study":
         parsed: Body = _study_body(body)
+    elif kind == "evaluation":
+        parsed = _evaluation_body(body)
     else:
         parsed = build(KINDS[kind], body, kind)
     head = build(_Head, {"study": value["study"], "time_s": value["time_s"]}, "entry")
@@ -372,6 +390,8 @@ def _plain_body(body: Body) -> Any:
         manifest = parse_canonical(format_study(body.manifest), max_bytes=MAX_ENTRY_BYTES)
         rest = {f.name: getattr(body, f.name) for f in fields(body) if f.name != "manifest"}
         return {"manifest": manifest, **rest}
+    if isinstance(body, Evaluation) and body.sum is None:
+        return {f.name: plain(getattr(body, f.name)) for f in fields(body) if f.name != "sum"}
     return plain(body)
 
 
@@ -384,6 +404,25 @@ def _study_body(body: Any) -> StudyOpened:
         raise EntryInvalid(f"study.manifest: {error}") from error
     rest = build(_StudyRest, {k: v for k, v in body.items() if k != "manifest"}, "study")
     return StudyOpened(manifest=manifest, code=rest.code, lockfile=rest.lockfile, software=rest.software)
+
+
+def _evaluation_body(body: Any) -> Evaluation:
+    summed = None
+    if isinstance(body, dict) and "sum" in body:
+        summed = build(EvaluationSum, body["sum"], "evaluation.sum")
+        body = {name: value for name, value in body.items() if name != "sum"}
+    rest = build(_EvaluationRest, body, "evaluation")
+    return Evaluation(sum=summed, **{f.name: getattr(rest, f.name) for f in fields(rest)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EvaluationRest:
+    number: int = ranged(0, 1_000_000)
+    adapter: str = hex64()
+    site: str = site_id()
+    subgroup: str = text(_CODE_PATTERN)
+    studies: str = text(_BUCKET_PATTERN)
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -406,5 +445,9 @@ def _check_sense(body: Body, study: str) -> None:
             raise EntryInvalid("round: expected every site of the cohort as participant or dropout")
         if (body.outcome is Outcome.RELEASED) != bool(body.adapter_out):
             raise EntryInvalid("round: expected an adapter_out exactly when released")
+    elif isinstance(body, Evaluation) and body.sum is not None:
+        stated = [part.site for part in body.sum.participations]
+        if not stated or len(set(stated)) != len(stated) or body.site != "all":
+            raise EntryInvalid("evaluation: expected a sum over all, each site at most once")
     elif isinstance(body, Rotation) and body.old == body.new:
         raise EntryInvalid("rotation: expected a new key, got the old one")

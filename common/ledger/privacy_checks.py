@@ -24,10 +24,10 @@ from common.privacy.mechanism import Mode as PlanMode
 from common.privacy.mechanism import PrivacyPlan, ServedRound, View
 from common.privacy.study_plan import plan_of
 
-_TOLERANCE = 1e-6
+TOLERANCE = 1e-6
 _EXACT_ROUNDS = 4
 _NO_PRIVACY = "mode plain: the study claims no privacy"
-_NO_ACCOUNTANT = "dp-accounting is not installed: pip install 'fedrad[audit]'"
+NO_ACCOUNTANT = "dp-accounting is not installed: pip install 'fedrad[audit]'"
 
 Epsilon = Callable[[View, tuple[ServedRound, ...]], float]
 
@@ -104,14 +104,14 @@ def _check_site(study: StudyCase, epsilon: Epsilon | None) -> Finding:
                 problems.add(f"entry {index}: {error}", f"entry {index}")
                 continue
             recomputed += 1
-            if exact > value * (1 + _TOLERANCE) + _TOLERANCE:
+            if exact > value * (1 + TOLERANCE) + TOLERANCE:
                 what = f"{site} stated epsilon {value:.4f}, its rounds cost {exact:.4f}"
                 problems.add(f"entry {index}: {what}", f"entry {index}")
     return conclude(
         "site-epsilon",
         problems,
         passed=f"{recomputed} statements recomputed, none below what the site's rounds cost",
-        unchecked="" if epsilon else _NO_ACCOUNTANT,
+        unchecked="" if epsilon else NO_ACCOUNTANT,
         evidence=_last(study),
         study=study.sha256,
     )
@@ -134,14 +134,14 @@ def _check_release(study: StudyCase, plan: PrivacyPlan, epsilon: Epsilon | None)
             problems.add(f"entry {index}: {error}", f"entry {index}")
             continue
         enough = plan.mode is PlanMode.LOCAL and value > exact  # there the largest site epsilon is stated
-        if not enough and not math.isclose(exact, value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
+        if not enough and not math.isclose(exact, value, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
             what = f"release epsilon stated as {value:.4f}, the released rounds cost {exact:.4f}"
             problems.add(f"entry {index}: {what}", f"entry {index}")
     return conclude(
         "release-epsilon",
         problems,
         passed=f"{len(stated)} statements recomputed exactly, delta {plan.delta:g}",
-        unchecked="" if epsilon else _NO_ACCOUNTANT,
+        unchecked="" if epsilon else NO_ACCOUNTANT,
         evidence=_last(study),
         study=study.sha256,
     )
@@ -150,8 +150,8 @@ def _check_release(study: StudyCase, plan: PrivacyPlan, epsilon: Epsilon | None)
 def _check_budgets(study: StudyCase, plan: PrivacyPlan, epsilon: Epsilon | None) -> Finding:
     privacy, problems, worst, last = study.manifest.privacy, Problems(), 0.0, 0.0
     site_cap, release_cap = (
-        privacy.site_epsilon * (1 + _TOLERANCE),
-        privacy.release_epsilon * (1 + _TOLERANCE),
+        privacy.site_epsilon * (1 + TOLERANCE),
+        privacy.release_epsilon * (1 + TOLERANCE),
     )
     capped = plan.mode is PlanMode.CONSORTIUM
     for index, entry in study.entries:
@@ -164,7 +164,7 @@ def _check_budgets(study: StudyCase, plan: PrivacyPlan, epsilon: Epsilon | None)
                     problems.add(f"round {body.number}: {part.site} spent {part.epsilon:.4f}", where)
             if capped and last > release_cap:
                 problems.add(f"round {body.number}: the release spent {last:.4f}", where)
-        elif isinstance(body, Release) and body.site_epsilon < worst * (1 - _TOLERANCE):
+        elif isinstance(body, Release) and body.site_epsilon < worst * (1 - TOLERANCE):
             problems.add(f"release {body.version} states a site epsilon below the sites' own", where)
     if epsilon and _cost(plan.planned(View.SITE), plan.delta) > site_cap:
         problems.add("the plan itself costs more than the site budget", f"entry {study.index}")
@@ -184,7 +184,7 @@ def _decreasing(stated: list[tuple[int, float]], what: str) -> list[Problem]:
     return [
         Problem(f"entry {index}: {what} falls from {before:.4f} to {value:.4f}", f"entry {index}")
         for (_, before), (index, value) in itertools.pairwise(stated)
-        if value < before * (1 - _TOLERANCE)
+        if value < before * (1 - TOLERANCE)
     ]
 
 

@@ -53,6 +53,15 @@ def events(world: Consortium, name: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == name]
 
 
+def assert_audit_recomputes(world: Consortium) -> None:
+    """The auditor finds nothing wrong in what really ran, and the evaluation's ε are what it says."""
+    bundle = export_run(world.server, exported_s=int(world.clock()), software="fedrad 0.1.0")
+    report = verify_bundle(bundle, trusted=trust_of(world.study).log)
+    assert [finding for finding in report.findings if finding.status is Status.FAIL] == []
+    (found,) = [finding for finding in report.findings if finding.control == "evaluation-epsilon"]
+    assert found.status is Status.PASS, found.detail
+
+
 def test_the_final_adapter_is_evaluated_once_and_stands_in_the_ledger(make: Make) -> None:
     world = make()
     state = world.run()
@@ -64,9 +73,7 @@ def test_the_final_adapter_is_evaluated_once_and_stands_in_the_ledger(make: Make
     assert plan.dimension == DIMENSION
     world.run()
     assert sum(isinstance(body, Evaluation) for body in entries(world)) == 1
-    bundle = export_run(world.server, exported_s=int(world.clock()), software="fedrad 0.1.0")
-    report = verify_bundle(bundle, trusted=trust_of(world.study).log)
-    assert [finding for finding in report.findings if finding.status is Status.FAIL] == []
+    assert_audit_recomputes(world)
 
 
 def test_the_counts_that_leave_a_site_are_masked_and_forty(make: Make) -> None:
@@ -120,7 +127,9 @@ def test_a_site_that_vanishes_is_left_out_and_the_evaluation_stands(make: Make) 
         None if to == "beta" and header.round == 1 and header.stage is Stage.CONTRIBUTE else request
     )
     world.run()
-    assert any(isinstance(body, Evaluation) for body in entries(world))
+    (entry,) = [body for body in entries(world) if isinstance(body, Evaluation)]
+    assert entry.sum is not None and sum(part.summed for part in entry.sum.participations) == len(SITES) - 1
+    assert_audit_recomputes(world)
 
 
 def test_an_evaluation_that_fails_is_named_and_the_study_ends_without_figures(make: Make) -> None:
@@ -151,6 +160,8 @@ def test_a_failed_attempt_is_in_the_site_epsilon_that_the_ledger_states(make: Ma
     spent = rows[evaluation_account(world.study.sha256)]
     assert spent.charges == 2
     assert entry.metrics["site_epsilon"] == pytest.approx(spent.epsilon_spent, abs=1e-5)
+    assert entry.sum is not None and entry.sum.attempt == 2
+    assert_audit_recomputes(world)
 
 
 def test_counts_that_no_honest_site_has_are_an_incident_not_a_figure(

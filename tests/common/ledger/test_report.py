@@ -159,7 +159,7 @@ def test_chart_labels_do_not_overlap() -> None:
 def test_verify_prints_each_control_and_exits_0(path: Path, bundle: Bundle) -> None:
     result = runner.invoke(app, ["verify", str(path), "--log-key", format_verifier_key(bundle.log)])
     assert result.exit_code == 0, result.output
-    assert "PASS: 18 passed, 0 failed, 3 not checkable" in result.output
+    assert "PASS: 19 passed, 0 failed, 3 not checkable" in result.output
 
 
 def test_verify_json_is_one_document_on_stdout(path: Path) -> None:
