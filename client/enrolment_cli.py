@@ -83,6 +83,10 @@ def enrol(
         "request": str(home / REQUEST_NAME),
         "fingerprint": fingerprint_of(request.keys),
     }
+    if not (data / "pairs.jsonl").is_file():
+        import sys
+
+        print(f"warning: {data}: no prepared data here yet (`fedrad-site data import`)", file=sys.stderr)
     answer(
         value,
         as_json=as_json,

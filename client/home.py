@@ -36,6 +36,9 @@ class SiteHomeInvalid(FedRadError):
     """A site's directory is missing, incomplete or has a wrong field."""
 
 
+_SITE = r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?"
+
+
 @dataclass(frozen=True)
 class SiteHome:
     """Paths and settings of one site; `bases` maps a base's name in manifests to its directory.
@@ -106,7 +109,14 @@ def create_home(
     epsilon: float = 20.0,
     delta: float = 1e-5,
 ) -> SiteHome:
-    """Make or update a site's directory and its message key; an existing key is kept."""
+    """Make or update a site's directory and its message key; an existing key is kept.
+
+    Raises SiteHomeInvalid, before anything is written, for settings that `open_home` would refuse, and for
+    another id than an enrolled site has.
+    """
+    _verify_settings(site, epsilon=epsilon, delta=delta)
+    if (directory / "enrolment.json").is_file() and (known := open_home(directory).site) != site:
+        raise SiteHomeInvalid(f"{directory}: expected its site, {known}, got {site}; choose another --home")
     home = SiteHome(directory, site, operator_key, data, bases, epsilon, delta)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     (directory / "keys").mkdir(exist_ok=True, mode=0o700)
@@ -125,6 +135,16 @@ def create_home(
     return home
 
 
+def _verify_settings(site: object, *, epsilon: object, delta: object) -> None:
+    if not isinstance(site, str) or not re.fullmatch(_SITE, site):
+        raise SiteHomeInvalid(
+            f"site: expected lower-case letters, digits and hyphens, such as north-clinic, got {site!r}"
+        )
+    for name, value, most in (("epsilon", epsilon, 1e6), ("delta", delta, 1.0)):
+        if type(value) not in (int, float) or not 0 < float(str(value)) < most:
+            raise SiteHomeInvalid(f"{name}: expected a number above 0 and below {most:g}, got {value!r}")
+
+
 def open_home(directory: Path, *, credentials: Path | None = None) -> SiteHome:
     """Read a site's directory; raises SiteHomeInvalid naming file and field.
 
@@ -140,12 +160,12 @@ def open_home(directory: Path, *, credentials: Path | None = None) -> SiteHome:
     fields = {"site", "operator_key", "data", "bases", "epsilon", "delta"}
     if not isinstance(value, dict) or set(value) != fields:
         raise SiteHomeInvalid(f"{path}: expected the fields {', '.join(sorted(fields))}")
-    for name in ("epsilon", "delta"):
-        if type(value[name]) not in (int, float) or value[name] <= 0:
-            raise SiteHomeInvalid(f"{path}: {name}: expected a positive number, got {value[name]!r}")
-    for name in ("site", "data"):
-        if not isinstance(value[name], str) or not value[name]:
-            raise SiteHomeInvalid(f"{path}: {name}: expected text, got {value[name]!r}")
+    try:
+        _verify_settings(value["site"], epsilon=value["epsilon"], delta=value["delta"])
+    except SiteHomeInvalid as error:
+        raise SiteHomeInvalid(f"{path}: {error}") from error
+    if not isinstance(value["data"], str) or not value["data"]:
+        raise SiteHomeInvalid(f"{path}: data: expected text, got {value['data']!r}")
     if not re.fullmatch(r"(?:[0-9a-f]{64})?", str(value["operator_key"])):
         raise SiteHomeInvalid(f"{path}: operator_key: expected 64 hex digits")
     if not isinstance(value["bases"], dict):

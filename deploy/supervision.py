@@ -24,11 +24,13 @@ from pathlib import Path
 from common.errors import EngineBusy, EngineFailed
 from deploy.local.guardian import MARKER, kill_marked
 from deploy.local.guardian import __file__ as guardian_script
+from deploy.local.processes import tail
 
 log = logging.getLogger("fedrad.up")
 
 FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 60.0
+RESTLESS_ENDS = 3
 _SETTLED_S = 60.0
 _MAX_LOG_BYTES = 16 << 20
 
@@ -185,13 +187,17 @@ class Supervisor:
         if self._clock() - running.started > _SETTLED_S:
             running.pause_s = FIRST_PAUSE_S
         running.due = self._clock() + running.pause_s
+        name = running.program.name
         log.warning(
             "%s ended, status %s; it starts again in %s s",
-            running.program.name,
+            name,
             code,
             running.pause_s,
-            extra={"reason": running.program.name},
+            extra={"reason": name},
         )
+        if running.ends >= RESTLESS_ENDS:
+            path = self._logs / f"{name}.log"
+            log.warning("%s does not stay up; the end of %s: %s", name, path, tail(path, 2).strip())
         running.pause_s = min(LAST_PAUSE_S, 2 * running.pause_s)
 
     @staticmethod

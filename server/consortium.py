@@ -161,6 +161,7 @@ def create_server_home(
         raise ConsortiumInvalid(
             f"{directory}: expected no consortium here yet, got one; it is never replaced"
         )
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in ("keys", "authority", "tls"):
         (directory / name).mkdir(parents=True, exist_ok=True, mode=0o700)
     home = ServerHome(directory, consortium, address, policy)

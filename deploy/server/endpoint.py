@@ -26,7 +26,7 @@ from common.enrolment import (
     parse_site_request,
     verify_site_request,
 )
-from common.errors import ClockSkewed, EnrolmentInvalid, FedRadError, TooFrequent
+from common.errors import ClockSkewed, EnrolmentInvalid, FedRadError, ListenAddressInvalid, TooFrequent
 from common.pace import Pace
 from deploy.proxy.render import API_BURST, API_PER_MINUTE, CLIENT_HEADER
 from server.consortium import ServerHome
@@ -93,7 +93,13 @@ class SiteEndpoint:
         self, home: ServerHome, authority: Authority, *, port: int, clock: Callable[[], datetime]
     ) -> None:
         handler = _handler(home, authority, clock, Pace(burst=API_BURST, per_minute=API_PER_MINUTE))
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        try:
+            self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        except OSError as error:
+            raise ListenAddressInvalid(
+                f"127.0.0.1:{port}: expected a free port for the sites' endpoint (--api-port), got "
+                f"{error.strerror or error}"
+            ) from error
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -30,9 +32,10 @@ import httpx
 
 import deploy
 from common.certificates import Authority
-from common.errors import ConsortiumInvalid, EngineFailed, FedRadError
+from common.errors import ConsortiumInvalid, EngineFailed, FedRadError, ListenAddressInvalid
 from common.files import write_atomic
 from common.logs import start_json_log
+from common.metrics_page import parse_listen
 from deploy import tethered
 from deploy.local.certificates import LoopbackTls, write_loopback_tls
 from deploy.local.control import Control
@@ -40,7 +43,7 @@ from deploy.local.flower import Tuning, flower_environment, flower_program, free
 from deploy.proxy.render import Door, KnownNode, caddy_configuration, nginx_configuration, nginx_sites
 from deploy.server.endpoint import SiteEndpoint
 from deploy.server.runs import StudyRuns
-from deploy.supervision import Bearing, Program, Supervisor, supervisor
+from deploy.supervision import RESTLESS_ENDS, Bearing, Program, Supervisor, supervisor
 from server.consortium import ServerHome, renew_server_certificate, utc_now
 from server.enrolment import RegisteredSite, SiteState, read_sites, refresh_crl
 from server.submission import broken_studies
@@ -52,7 +55,7 @@ _TICK_S = 0.5
 _RECONCILE_S = 10.0
 _DAILY_S = 86_400.0
 _START_S = 120.0
-_RESTLESS_ENDS = 3
+_FREE_S = 15.0  # in which a door that was just ended lets go of its port
 _TUNING = Tuning(task_poll_s=0.2)
 
 
@@ -141,6 +144,8 @@ class _Server:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Start everything; on leaving, stop what this process itself serves."""
+        if self._proxy is not Proxy.NONE:
+            verify_free(self._door.listen, within_s=_FREE_S)
         renew_server_certificate(self._home, self._authority, now=self._clock())
         refresh_crl(self._home, self._authority, now=self._clock())
         self._daily = time.monotonic()
@@ -344,8 +349,29 @@ class _Server:
         return {
             name: f"{name} does not stay up ({state['last_end']}): see logs/{name}.log"
             for name, state in self._programs.state().items()
-            if not state["running"] and int(str(state["ends"])) >= _RESTLESS_ENDS
+            if not state["running"] and int(str(state["ends"])) >= RESTLESS_ENDS
         }
+
+
+def verify_free(listen: str, *, within_s: float) -> None:
+    """Wait until nothing listens on HOST:PORT; raises ListenAddressInvalid, saying what is in the way."""
+    host, port = parse_listen(listen)
+    end = time.monotonic() + within_s
+    while True:
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+                return
+        except (OSError, OverflowError) as error:
+            busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            if not busy or time.monotonic() > end:
+                why = getattr(error, "strerror", "") or error
+                raise ListenAddressInvalid(
+                    f"{listen}: expected a free address of this machine, got: {why}"
+                ) from error
+        log.info("%s is taken; waiting for %s s at most", listen, within_s)
+        time.sleep(1.0)
 
 
 def find_proxy(proxy: Proxy) -> str:

@@ -180,3 +180,26 @@ def test_missing_key_data_and_base_are_named(home: SiteHome, tmp_path: Path) -> 
     home.key_path.unlink()
     with pytest.raises(KeyFileInvalid):
         home.message_key()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"site": "North Clinic"}, {"site": ""}, {"epsilon": -3.0}, {"epsilon": float("nan")}, {"delta": 1.5}],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_written(
+    tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    settings: dict[str, Any] = {"site": "north", "operator_key": "", "data": tmp_path, "bases": {}, **wrong}
+    with pytest.raises(SiteHomeInvalid, match=next(iter(wrong))):
+        create_home(tmp_path / "home", **settings)
+    assert not (tmp_path / "home").exists()
+    create_home(tmp_path / "home", **{**settings, "site": "north", "epsilon": 20.0, "delta": 1e-5})
+
+
+def test_an_enrolled_sites_directory_does_not_become_another_sites(tmp_path: Path) -> None:
+    for site in ("nroth", "north"):  # until it is enrolled, a slip can be mended
+        create_home(tmp_path, site=site, operator_key="", data=tmp_path, bases={})
+    (tmp_path / "enrolment.json").write_text("{}")
+    with pytest.raises(SiteHomeInvalid, match="north, got south"):
+        create_home(tmp_path, site="south", operator_key="", data=tmp_path, bases={})

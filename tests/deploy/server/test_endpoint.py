@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from common.enrolment import (
 from common.errors import (
     ClockSkewed,
     EnrolmentInvalid,
+    ListenAddressInvalid,
     ManifestInvalid,
     SignatureInvalid,
     SiteNotEnrolled,
@@ -36,6 +38,7 @@ from common.ledger.entries import RevocationReason
 from common.model.tiny import tiny_base_directory
 from deploy.proxy.render import API_BURST, CLIENT_HEADER
 from deploy.server.endpoint import PATH, SiteEndpoint, answer_request
+from deploy.server.up import verify_free
 from server.consortium import ServerHome, create_server_home
 from server.enrolment import approve, revoke
 from server.studies import study_template
@@ -215,3 +218,19 @@ def test_a_revoked_site_is_told_so_and_holds_up_its_studies(tmp_path: Path) -> N
     request = scene.keys["south"].request("south")
     approve(scene.home, scene.authority, request, fingerprint=fingerprint_of(request.keys), now=NOW)
     assert "new keys" in scene.missing()["south"]
+
+
+def test_a_port_that_is_taken_is_refused_by_name(scene: Scene) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ListenAddressInvalid, match="--api-port"):
+            SiteEndpoint(scene.home, scene.authority, port=port, clock=lambda: NOW)
+        with pytest.raises(ListenAddressInvalid, match="in use"):
+            verify_free(f"127.0.0.1:{port}", within_s=0.0)
+    verify_free(f"127.0.0.1:{port}", within_s=0.0)
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:99999", "127.0.0.1", ":8443", "192.0.2.1:8443"])
+def test_an_address_that_this_machine_cannot_listen_on_is_refused(listen: str) -> None:
+    with pytest.raises(ListenAddressInvalid):
+        verify_free(listen, within_s=0.0)
