@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from client.data.framing import AS_IMPORTED, AS_STORED, Framing, prepared_folder
 from client.serving.guard_image import (
     LEAST_PICTURES,
+    Fitted,
     ImageGuard,
-    calibrate,
     drawn,
+    fit_guard,
     look,
     parse_guard,
     spoiled,
     stacked,
     tower_vector,
+    with_threshold,
 )
 from client.serving.guard_question import judge_indication, judge_question
 from client.serving.picture import Picture, read_picture
@@ -120,25 +122,21 @@ def pick_pictures(paths: Sequence[Path], *, most: int = _MOST_PICTURES) -> list[
 
 
 async def calibrate_guard(
-    paths: Sequence[Path],
-    features: Features,
-    *,
-    progress: Progress,
-    framing: Framing = AS_IMPORTED,
-    false_refusals: float = 0.015,
+    paths: Sequence[Path], features: Features, *, progress: Progress, framing: Framing = AS_IMPORTED
 ) -> ImageGuard:
     """Calibrate on the site's own frontal images; unreadable ones are left out.
 
     Files of a prepared folder are taken as they are, others brought into stored form. Raises
     GuardNotCalibrated with too few of them.
     """
-    pictures: list[Picture] = []
-    for path in paths:
-        try:
-            stored = prepared_folder(path) is not None
-            pictures.append(read_picture(path.read_bytes(), AS_STORED if stored else framing))
-        except (OSError, FedRadError):
-            continue
+    return with_threshold(await fit_pictures(_read_own(paths, framing), features, progress=progress))
+
+
+async def fit_pictures(pictures: Sequence[Picture], features: Features, *, progress: Progress) -> Fitted:
+    """Fit a guard on a site's own pictures, and on spoiled and drawn ones made beside them.
+
+    Raises GuardNotCalibrated with too few pictures.
+    """
     if len(pictures) < LEAST_PICTURES:
         raise GuardNotCalibrated(
             f"expected at least {LEAST_PICTURES} readable images of this site, got {len(pictures)}"
@@ -153,10 +151,20 @@ async def calibrate_guard(
         towers.append(tower_vector(await features(picture)))
         progress("guard calibration", done + 1, len(pictures) + len(strangers))
     split = len(pictures)
-    return calibrate(
+    return fit_guard(
         np.stack([look(one.gray, colour=one.colour) for one in pictures]),
         np.stack(towers[:split]),
         bad_looks=stacked(bad),
         bad_towers=np.stack(towers[split:]),
-        false_refusals=false_refusals,
     )
+
+
+def _read_own(paths: Sequence[Path], framing: Framing) -> list[Picture]:
+    pictures: list[Picture] = []
+    for path in paths:
+        try:
+            stored = prepared_folder(path) is not None
+            pictures.append(read_picture(path.read_bytes(), AS_STORED if stored else framing))
+        except (OSError, FedRadError):
+            continue
+    return pictures

@@ -20,8 +20,7 @@ from common.model.llava import vision_features
 from common.model.loading import load_base
 from common.model.tiny import tiny_base_directory
 from tests.client.serving import strangers
-
-DATA = Path(__file__).parents[4] / "shared" / "data" / "iu-xray"
+from tests.client.serving.guard_figures import DATA, measure
 
 
 class Tower:
@@ -136,29 +135,12 @@ def test_a_score_that_is_no_number_is_refused(guard: CalibratedGuard, tower: Tow
 @pytest.mark.realdata
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/iu-xray")
-@pytest.mark.parametrize("site", ["central", "east", "south", "west"])
-def test_real_chest_images_pass_and_everything_else_is_refused(site: str, tower: Tower) -> None:
-    from client.serving.picture import read_picture
-
-    paths = sorted((DATA / site).rglob("*.jpg"))
-    order = np.random.default_rng(1).permutation(len(paths))
-    half = len(paths) // 2
-    guard = calibrated([paths[i] for i in order[:half]], tower)
-    held_out = [read_picture(paths[i].read_bytes()) for i in order[half:]]
-    false = [tower.refused(guard, picture) for picture in held_out]
-    families: dict[str, list[Picture]] = {
-        name: [Picture("s", pixels, "png") for pixels in many]
-        for name, many in (
-            strangers.made(np.random.default_rng(5), 20)
-            | strangers.turned([p.gray for p in held_out[:40]], np.random.default_rng(6))
-        ).items()
-    }
-    families |= strangers.real()
-    recall = {
-        name: float(np.mean([tower.refused(guard, one) for one in many])) for name, many in families.items()
-    }
-    every = [tower.refused(guard, one) for many in families.values() for one in many]
-    figures = {"own": len(held_out), "false": float(np.mean(false)), "all": float(np.mean(every))} | recall
-    print(site, figures)
-    assert figures["false"] <= 0.03, figures
-    assert figures["all"] >= 0.95 and recall["dicom"] >= 0.95, figures
+def test_real_chest_images_pass_and_strangers_are_refused_where_no_choice_looked() -> None:
+    """What is chosen on one half of patients and kinds is measured on the other: see guard_figures.py."""
+    found = asyncio.run(measure(seeds=2))
+    for which in ("chosen", "shipped"):
+        _, _, most_false = found[which]["false_refusals"]
+        _, least, _ = found[which]["recall"]
+        _, least_real, _ = found[which]["recall_real"]
+        assert most_false <= 0.03 and least >= 0.95 and least_real >= 0.95, found
+    assert found["recall_of_spoiled_own_shipped"][1] >= 0.95, found
