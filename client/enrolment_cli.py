@@ -115,11 +115,12 @@ def renew(
     """Write a renewal request to a file; `fedrad-site up` renews by itself where it reaches the server."""
     import secrets
 
-    from client.enrolment import renewal_request, utc_now
+    from client.enrolment import read_enrolled, renewal_request, utc_now
     from common.enrolment import format_site_request
     from common.files import write_atomic
 
     opened = open_with_credentials(home)
+    read_enrolled(opened)
     request = renewal_request(opened, now=utc_now(), nonce=secrets.token_hex(16))
     write_atomic(out, format_site_request(request))
     value = {"site": opened.site, "request": str(out)}

@@ -597,26 +597,27 @@ def _evaluation_words(study: Study) -> str:
 
 
 def describe(study: Study) -> dict[str, str]:
-    """Say in words what a study may do, for those who approve it."""
+    """Say in words what a study may do, for those who approve it; a draft's words say what is not set yet."""
     stages = ", then ".join(f"{s.name.value} for {s.rounds} rounds" for s in study.stage)
     trained = sum(spec.size for spec in study.adapter.tensors)
     privacy, training, cohort = study.privacy, study.training, study.cohort
+    delta = f"δ {privacy.delta:.1e}" if privacy.delta else "δ is set when it is submitted"
+    pinned = f"{len(study.base.files)} pinned files" if study.base.files else "pinned when it is submitted"
+    values = f", {trained:,} values" if trained else ""
     if privacy.mode is Mode.PLAIN:
         protection = "NONE: the server sees un-noised sums and the release is not private"
     elif privacy.mode is Mode.LOCAL:
-        protection = (
-            f"each site noises its own updates; ε ≤ {privacy.site_epsilon:g} at δ {privacy.delta:.1e}"
-        )
+        protection = f"each site noises its own updates; ε ≤ {privacy.site_epsilon:g}, {delta}"
     else:
         protection = (
             f"one patient at one site: ε ≤ {privacy.site_epsilon:g} against the server, "
-            f"ε ≤ {privacy.release_epsilon:g} for the released model, δ {privacy.delta:.1e}; "
+            f"ε ≤ {privacy.release_epsilon:g} for the released model, {delta}; "
             f"{'sums are masked' if privacy.masking else 'NOT MASKED: a comparison for tests'}"
         )
     words = {
         "purpose": study.study.purpose,
-        "base": f"{study.base.name}, frozen, {len(study.base.files)} pinned files",
-        "training": f"{stages}; projector and LoRA rank {study.adapter.rank}, {trained:,} values",
+        "base": f"{study.base.name}, frozen, {pinned}",
+        "training": f"{stages}; projector and LoRA rank {study.adapter.rank}{values}",
         "data": (
             f"each patient is drawn with probability {training.sampling_rate:g} a round, at most "
             f"{training.studies_per_patient} studies each"

@@ -63,17 +63,19 @@ def submit(
 
 
 def list_studies(home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
-    """List the submitted studies, and which sites have not approved."""
+    """List the submitted studies: state as `up` last said it, and which sites have not approved."""
     from server.submission import broken_studies, submitted_studies
 
     opened = _open(home)
-    values = [_value(one) for one in submitted_studies(opened)]
+    running = _said_by_up(opened)
+    values = [{**_value(one), **running.get(one.study.sha256, {})} for one in submitted_studies(opened)]
     values += [{"id": name, "error": reason} for name, reason in broken_studies(opened).items()]
 
     def text() -> str:
         lines = []
         for value in values:
-            lines.append(f"{value['id']}  {value.get('study', '')[:16]}")
+            words = ": ".join(filter(None, (value.get("state", ""), value.get("reason", ""))))
+            lines.append(f"{value['id']}  {value.get('study', '')[:16]}  {words}".rstrip())
             lines += [f"  {site}: {reason}" for site, reason in value.get("missing", {}).items()]
             lines += [f"  {value['error']}"] if "error" in value else []
         return "\n".join(lines) or "no study submitted"
@@ -109,6 +111,17 @@ def _open(home: Path) -> ServerHome:
     from server.consortium import open_server_home
 
     return open_server_home(home, credentials=credentials_directory())
+
+
+def _said_by_up(home: ServerHome) -> dict[str, dict[str, str]]:
+    """Return state and reason by a study's hash out of `status.json`; nothing where `up` has not run."""
+    import json
+
+    try:
+        studies = json.loads((home.directory / "status.json").read_text())["studies"].values()
+        return {one["study"]: {"state": one["state"], "reason": one["reason"]} for one in studies}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _value(submitted: Submitted) -> dict[str, Any]:

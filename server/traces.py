@@ -4,7 +4,8 @@ One trace per round (the same id at the sites); a span per attempt, below it one
 that is missing, with the reason's name. Guarantees: nothing of a site's data and no free text of a site; the
 server that runs the rounds does not know that it is watched.
 The log says how long the stages took, not when they began: a round's stages stand one after another in the
-protocol's order, so their lengths are measured and their places are not.
+protocol's order and end with the round, so their lengths are measured and their places are not. The first
+round's span begins with its greeting, which the round's own seconds leave out.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ def round_spans(study: str, name: str, event: Mapping[str, Any]) -> Iterator[Spa
     attributes: dict[str, str | int | float] = {"study": name, "round": number, "attempt": attempt}
     whole = span_id("server", *place)
     failed = "" if event["event"] == "round" else "RoundFailed"
+    spent = event.get("stage_seconds", {})
+    stages = sorted(set(spent) & set(_ORDER), key=_ORDER.index)
+    start = end - sum(float(spent[stage]) for stage in stages)
     yield Span(
-        trace=trace, id=whole, name="round", start_unix_s=end - seconds, end_unix_s=end,
+        trace=trace, id=whole, name="round", start_unix_s=min(start, end - seconds), end_unix_s=end,
         attributes={**attributes, "seconds": seconds}, failed=failed,
     )  # fmt: skip
-    start = end - seconds
-    spent = event.get("stage_seconds", {})
-    for stage in sorted(set(spent) & set(_ORDER), key=_ORDER.index):
+    for stage in stages:
         took = float(spent[stage])
         yield Span(
             trace=trace, id=span_id("server", *place, stage), parent=whole, name=stage, start_unix_s=start,

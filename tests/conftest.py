@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("fedrad", deadline=None)  # a busy machine is no failure
+settings.load_profile("fedrad")
 
 
 @pytest.fixture(autouse=True)

@@ -113,7 +113,7 @@ def study_page(view: StudyView, *, now_s: float, refresh_s: int) -> str:
         usual_s=statistics.median(timed) if timed else None,
         slowest_s=max(timed, default=0.0),
         newest_s=view.rounds[-1].time_unix_s if view.rounds else None,
-        serving=sum(site.serves for site in view.sites),
+        serving=sum(site.serves for site in view.sites) if view.rounds or view.failed else None,
     )
 
 

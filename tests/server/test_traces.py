@@ -30,7 +30,11 @@ def test_a_round_is_a_trace_of_its_stages_in_their_order() -> None:
     whole = spans["round"]
     assert (whole.start_unix_s, whole.end_unix_s, whole.failed) == (1_800_000_090, 1_800_000_100, "")
     assert all(span.parent == whole.id for name, span in spans.items() if name != "round")
-    assert spans["contribute"].end_unix_s == spans["unmask"].start_unix_s == 1_800_000_096
+    assert spans["contribute"].end_unix_s == spans["unmask"].start_unix_s == 1_800_000_098
+    assert spans["witness"].end_unix_s == whole.end_unix_s
+    greeted = {**ROUND, "stage_seconds": {"hello": 30.0, "contribute": 6.0}}
+    first, hello, *_ = round_spans(STUDY, "chest", greeted)
+    assert first.start_unix_s == hello.start_unix_s == 1_800_000_064
     assert spans["unmask"].attributes["seconds"] == 1.5
     assert len({span.id for span in spans.values()}) == 5
 
