@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from client.data.framing import AS_STORED, Framing, framing_of, prepared_folder,
 from client.data.sitekey import load_key, study_pseudonym
 from client.data.store import read_pairs
 from client.serving.grounding import picture_box
-from client.serving.picture import placed, prepared, read_picture
+from client.serving.picture import WHOLE, placed, prepared, read_picture
 from common.errors import DatasetInvalid, ImageUnreadable
 from common.model.images import ImageProcessor, load_pixels, read_processor
 from common.model.tiny import tiny_base_directory
@@ -34,7 +35,7 @@ from tests.client.data.test_dicom import lut_item
 from tests.client.data.test_import_table import run_import
 
 CLIP = ImageProcessor(224, 224, 224, (224, 224), 3, 1 / 255, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
-Bytes = Callable[[Dataset], bytes]
+REAL = Path(__file__).parents[4] / "shared" / "data" / "iu-xray"
 
 
 def study(number: int) -> Planted:
@@ -299,3 +300,20 @@ def test_one_file_in_two_framings_has_two_names_in_caches() -> None:
     framed, stored = read_picture(data), read_picture(data, AS_STORED)
     assert framed.sha256 == stored.sha256 and framed.key != stored.key
     assert framed.key == read_picture(data).key
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/iu-xray")
+def test_real_radiographs_are_asked_about_as_they_were_stored(tmp_path: Path) -> None:
+    shutil.copytree(REAL / "west", tmp_path / "export")
+    run_import(tmp_path / "export", tmp_path / "out", "--format", "table", "--no-check-writing")
+    key, framing = load_key(tmp_path / "test.key"), framing_of(tmp_path / "out")
+    with (REAL / "west" / "reports.csv").open() as handle:
+        sent = {study_pseudonym(key, row["accession"]): row["image"] for row in csv.DictReader(handle)}
+    cut = 0
+    for pair in read_pairs(tmp_path / "out"):
+        picture = read_picture((REAL / "west" / sent[pair.study]).read_bytes(), framing)
+        assert np.array_equal(prepared(picture, CLIP), load_pixels(tmp_path / "out" / pair.images[0], CLIP))
+        cut += picture.box != WHOLE
+    assert cut > 0

@@ -134,6 +134,7 @@ def test_a_score_that_is_no_number_is_refused(guard: CalibratedGuard, tower: Tow
 
 @pytest.mark.realdata
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/iu-xray")
 def test_real_chest_images_pass_and_strangers_are_refused_where_no_choice_looked() -> None:
     """What is chosen on one half of patients and kinds is measured on the other: see guard_figures.py."""
