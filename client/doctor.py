@@ -278,8 +278,8 @@ def check_server(facts: ServerFacts) -> list[Finding]:
         "connect": (
             "connection",
             f"{facts.address}{via}",
-            "ask the operator whether the server runs; else have outbound TCP to this host and port opened in "
-            "the firewall (nothing inbound is needed)",
+            "ask the operator whether the server runs; else have outbound TCP to this host and port opened "
+            "in the firewall (nothing inbound is needed)",
         ),
         "tls": (
             "tls",

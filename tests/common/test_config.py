@@ -267,6 +267,14 @@ def test_a_description_says_loudly_when_there_is_no_privacy() -> None:
     assert "ε ≤ 900" in describe(parse_study_toml(CONSORTIUM))["privacy"]
 
 
+def test_a_drafts_description_claims_no_delta_and_no_pins() -> None:
+    draft = parse_study_toml(CONSORTIUM)
+    draft = replace(draft, privacy=replace(draft.privacy, delta=0.0), base=replace(draft.base, files={}))
+    words = describe(draft)
+    assert "δ is set when it is submitted" in words["privacy"] and "pinned when" in words["base"]
+    assert "0.0e" not in words["privacy"] and " 0 " not in words["base"]
+
+
 @settings(max_examples=60)
 @given(
     rank=st.integers(1, 512),

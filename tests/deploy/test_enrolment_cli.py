@@ -90,6 +90,12 @@ def test_a_study_goes_from_manifest_to_waiting_for_approvals(call: Any) -> None:
     taken = call(server_app, "study", "approval", "chest", "north", approval, "--home", "srv")
     assert taken["missing"] == {"south": "has not approved"}
     assert call(server_app, "study", "list", "--home", "srv")[0]["missing"] == taken["missing"]
+    said = {"study": submitted["study"], "state": "waiting", "reason": "", "missing": {}}
+    Path("srv/status.json").write_text(json.dumps({"studies": {"chest": said}}))
+    [listed] = call(server_app, "study", "list", "--home", "srv")
+    assert (listed["state"], listed["missing"]) == ("waiting", taken["missing"])
+    Path("srv/status.json").write_text('{"studies": {"chest"')  # half-written by another hand
+    assert "state" not in call(server_app, "study", "list", "--home", "srv")[0]
     withdrawn = call(server_app, "study", "approval", "chest", "north", "-", "--home", "srv")
     assert set(withdrawn["missing"]) == {"north", "south"}
     assert call(server_app, "study", "resume", "chest", "--home", "srv") == {"study": "chest"}

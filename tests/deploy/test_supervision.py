@@ -46,6 +46,22 @@ def test_a_killed_program_is_started_again_after_a_pause(tmp_path: Path) -> None
         assert programs.state()["one"] == {"running": True, "ends": 1, "last_end": "SIGKILL"}
 
 
+def test_a_program_that_does_not_stay_up_says_its_last_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    with supervisor(tmp_path / "run", logs=tmp_path / "logs") as programs:
+        programs._clock = lambda: now[0]
+        programs.start(program("one", "/bin/sh", "-c", "echo the port is taken; exit 3"))
+        for _ in range(2):
+            until(programs.tick)
+            now[0] += 100.0
+            programs.tick()
+        assert "does not stay up" not in caplog.text
+        until(programs.tick)
+    assert "one does not stay up" in caplog.text and "the port is taken" in caplog.text
+
+
 def test_pauses_grow_up_to_a_minute(tmp_path: Path) -> None:
     now = [0.0]
     with supervisor(tmp_path / "run", logs=tmp_path / "logs") as programs:

@@ -41,6 +41,13 @@ def test_the_page_says_what_is_going_on_in_words(tmp_path: Path) -> None:
         assert words in text, words
 
 
+def test_before_the_first_round_the_page_counts_no_site_as_serving(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    text = client_of(tmp_path).get("/").text
+    assert '<p class="figure">–</p>' in text and "not heard of yet" in text
+    assert "4<span> of 4</span>" not in text
+
+
 def test_every_answer_forbids_scripts_frames_and_other_origins(tmp_path: Path) -> None:
     eventful(tmp_path)
     client = client_of(tmp_path)
