@@ -173,7 +173,7 @@ def _subject() -> tuple[Any, Any, Callable[..., Any]]:
         pixels = draw.standard_normal((3, PIXELS, PIXELS)).astype(np.float32)
         name = str(draw.integers(1 << 60))
         if picture is not None:
-            pixels, name = picture.pixels, picture.picture_sha256
+            pixels, name = picture.pixels, picture.picture_key
         return Ask(name, pixels, indication, Options(stop_loops=False))
 
     return model, engine, ask
