@@ -498,11 +498,19 @@ class RevealForged(SecureAggregationError):
     """A reveal does not bear the signature of its site."""
 
 
-class ShareWrong(SecureAggregationError):
+class DealtWrong(SecureAggregationError):
+    """A round's sum cannot be unmasked for what one site dealt; `site` names it."""
+
+    def __init__(self, message: str, *, site: str = "") -> None:
+        super().__init__(message)
+        self.site = site
+
+
+class ShareWrong(DealtWrong):
     """Too few of the revealed shares of a secret are those that its owner dealt."""
 
 
-class SecretWrong(SecureAggregationError):
+class SecretWrong(DealtWrong):
     """A rebuilt secret is not the one that its owner advertised."""
 
 
@@ -594,6 +602,10 @@ class GuardNotCalibrated(FedRadError):
 
 class CanaryFailed(FedRadError):
     """A new release did worse on the canary studies than the one in use; the switch was not made."""
+
+
+class ParityFailed(FedRadError):
+    """A GGUF file computes other probabilities than the release it was made from."""
 
 
 class SwitchSuperseded(FedRadError):

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.canonical import canonical_json
 from common.config import Study
-from common.errors import CheckpointInvalid, FedRadError, QuorumNotReached, RoundFailed
+from common.errors import CheckpointInvalid, DealtWrong, FedRadError, QuorumNotReached, RoundFailed
 from common.evaluation_counts import evaluation_plan_of
 from common.files import write_atomic
 from common.identity import SigningKey, load_key
@@ -66,7 +66,10 @@ def main(grid: Grid, context: Context) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One process's run of a study: what every step needs, and what the sites said in their hellos."""
+    """One process's run of a study: what every step needs, and what the sites said in their hellos.
+
+    `culprits` are sites whose dealings spoilt an attempt: left out as long as enough others are ready.
+    """
 
     opened: StudyDirectory
     key: SigningKey
@@ -79,6 +82,7 @@ class Run:
     histories: dict[str, int] = field(default_factory=dict)
     approvals: dict[str, bytes] = field(default_factory=dict)
     statements: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
+    culprits: dict[str, str] = field(default_factory=dict)
 
     @property
     def study(self) -> Study:
@@ -138,8 +142,8 @@ def _run_round(run: Run, state: StudyState) -> StudyState:
     while True:
         started = run.clock()
         attempt = Attempt(run.opened, run.key, run.cohort, state, pending, run.log, run.clock)
-        collected, protected, reason = _collect(attempt)
-        missing = _missing(study, pending, collected, summed=protected is not None)
+        collected, protected, reason = _collect(attempt, run.culprits)
+        missing = _missing(run, pending, collected, summed=protected is not None)
         if protected is not None:
             break
         _name_failure(run, attempt, missing, len(collected.contributions), reason)
@@ -216,8 +220,11 @@ def _decision(record: RoundRecord, verdict: Verdict | None) -> list[Body]:
     ]  # fmt: skip
 
 
-def _collect(attempt: Attempt) -> tuple[Collected, Protected | None, str]:
-    """Collect an attempt's sum and protect it; an attempt that fails gives no gradient but the reason."""
+def _collect(attempt: Attempt, culprits: dict[str, str]) -> tuple[Collected, Protected | None, str]:
+    """Collect an attempt's sum and protect it; an attempt that fails gives no gradient but the reason.
+
+    A site for whose dealings it failed joins the `culprits`, with the error's name.
+    """
     missing: dict[str, str] = {}
     study, round = attempt.study, attempt.pending.round
     collected = Collected({}, missing)
@@ -230,14 +237,25 @@ def _collect(attempt: Attempt) -> tuple[Collected, Protected | None, str]:
             return collected, None, ""
         return collected, protect(study, collected, round=round), ""
     except FedRadError as error:
+        missing.update(_blame(culprits, error))
         return collected, None, f"{error.code}: {error}"
+
+
+def _blame(culprits: dict[str, str], error: FedRadError) -> dict[str, str]:
+    """Note the site for whose dealings an attempt failed, if it was for one; returns it with the reason."""
+    if not isinstance(error, DealtWrong):
+        return {}
+    blamed = {error.site: f"{error.code}: what it dealt spoilt an attempt"}
+    culprits.update(blamed)
+    return blamed
 
 
 def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
     """Choose the cohort of a new attempt and make its random parts durable before anything is sent.
 
-    A site that was not ready before is greeted first; one that is not ready now stays out of this attempt. A
-    masked round whose keys came with the round before, and lack a site that is back, begins with attempt 2.
+    A site that was not ready before is greeted first; one that is not ready now stays out of this attempt, as
+    does a culprit while enough others are ready. A masked round whose keys came with the round before, and
+    lack a site that is back or hold a culprit's, begins with attempt 2.
     """
     study = run.study
     if attempt > study.cohort.max_attempts:
@@ -254,10 +272,13 @@ def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
     )  # fmt: skip
     run.log.announce_software(code=run.code, lockfile=run.lockfile, number=min(round, study.rounds))
     ready = [site for site in present if site in run.histories]
+    honest = [site for site in ready if site not in run.culprits]
+    ready = honest if len(honest) >= study.cohort.min_sites else ready
     if attempt == 1 and study.masked and study.cohort.max_attempts > 1:
         prepared = MaskingBook(run.opened.directory, study).prepared(round)
-        if prepared is not None and set(ready) - set(prepared):
-            attempt = 2  # somebody is back: keys for everyone, in exchanges of their own
+        known = set(prepared or ready)
+        if set(ready) - known or run.culprits.keys() & known - set(ready):
+            attempt = 2  # somebody is back, or has to be gone: keys for everyone, in exchanges of their own
     pending = plan_attempt(
         study, round=round, attempt=attempt, cohort=ready, histories=run.histories, sizes=run.log.sizes,
         now_unix_s=run.clock(),
@@ -329,6 +350,7 @@ def _evaluate(run: Run, state: StudyState) -> None:
                 )  # fmt: skip
                 break
             except FedRadError as error:
+                _blame(run.culprits, error)
                 run.opened.log("evaluation-failed", attempt=pending.attempt, reason=f"{error.code}: {error}")
             pending = _new_attempt(run, round=round, attempt=pending.attempt + 1)
     except RoundFailed as error:
@@ -398,9 +420,13 @@ def _initial_adapter(opened: StudyDirectory) -> Vector:
     return vector
 
 
-def _missing(study: Study, pending: Pending, collected: Collected, *, summed: bool) -> dict[str, str]:
+def _missing(run: Run, pending: Pending, collected: Collected, *, summed: bool) -> dict[str, str]:
     """Name the sites that are not in the sum, with the reason; where there is none, those that failed it."""
-    missing = {site: "not connected" for site in study.site_ids if site not in pending.cohort}
+    missing = {
+        site: run.culprits.get(site, "not connected")
+        for site in run.study.site_ids
+        if site not in pending.cohort
+    }
     if summed:
         for site in sorted(set(pending.cohort) - set(collected.contributions)):
             missing[site] = "no keys for this round: it joins the next"

@@ -426,7 +426,9 @@ class ServerRound:
             if len(good) == self.quorum:
                 break
         if len(good) < self.quorum:
-            raise ShareWrong(f"{kind} of {owner}: expected {self.quorum} shares as dealt, got {len(good)}")
+            raise ShareWrong(
+                f"{kind} of {owner}: expected {self.quorum} shares as dealt, got {len(good)}", site=owner
+            )
         points = tuple(good)
         if points not in weights:
             weights[points] = lagrange_weights(points)
@@ -437,7 +439,9 @@ class ServerRound:
             else public_key(secret) == self._keys[owner].mask_public
         )
         if not right:
-            raise SecretWrong(f"{kind} of {owner}: expected the secret that it advertised, got another")
+            raise SecretWrong(
+                f"{kind} of {owner}: expected the secret that it advertised, got another", site=owner
+            )
         return secret
 
     # --- checks ------------------------------------------------------------------------------------------

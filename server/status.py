@@ -51,6 +51,8 @@ _ADVICE = {
     "DeadlinePassed": "The request came too late: compare the clocks of both machines.",
     "RoundAlreadyServed": "The site has gone on beyond this state: was an old copy of this server restored?",
     "PreviousStateMismatch": "The site has seen another history: was an old copy of this server restored?",
+    "SecretWrong": "It dealt shares of another secret than it advertised, and is left out: an incident.",
+    "ShareWrong": "It dealt other shares than it announced, and is left out: an incident.",
     "WitnessBehind": "Nothing to do: the site is asked again from where its copy of the ledger stands.",
     "LogForked": "The site saw another ledger: was an old copy of this server restored? Else an incident.",
     "LogShrunk": "The site saw a longer ledger: was an old copy of this server restored? Else an incident.",

@@ -20,6 +20,7 @@ from common.ledger.release_proof import trust_of
 from common.ledger.statements import commit, format_participation, parse_participation, sign_contribution
 from common.model.lora import vector_sha256
 from common.protocol import Header, Kind, Stage, pack_body, seal, unpack_body
+from common.secagg.messages import format_shares, parse_shares
 from server.bundles import export_run
 from server.checkpoint import read_records
 from tests.simulator import SITES, Consortium, build, split_message
@@ -54,6 +55,11 @@ def entries(world: Consortium) -> list[Entry]:
 
     lines = (world.server / "ledger" / "entries.jsonl").read_bytes().splitlines()
     return [parse_entry(line) for line in lines]
+
+
+def events(world: Consortium, kind: str) -> list[dict[str, Any]]:
+    lines = (world.server / "log.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 @pytest.mark.parametrize("mode", ["consortium", "local", "plain"])
@@ -184,6 +190,54 @@ def altered(world: Consortium, site: str, stage: Stage, change: Callable[[bytes]
         return bytes(seal(world.agent(site)._key, replace(own, **about), changed))
 
     world.after = after
+
+
+@pytest.mark.parametrize("lies_from", [0, 1])
+def test_a_site_that_deals_other_shares_than_it_announced_is_left_out_from_then_on(
+    make: Make, lies_from: int
+) -> None:
+    world = make(mode="consortium", rounds=3)
+
+    def after(of: str, header: Header, reply: bytes) -> bytes:
+        own, _, body = split_message(reply)
+        if of != "delta" or header.stage not in (Stage.SHARES, Stage.UNMASK) or own.kind is Kind.REFUSAL:
+            return reply
+        parts = [
+            bytes(part) for part in unpack_body(body, fields={}, parts=1 + (header.stage is Stage.UNMASK))[1]
+        ]
+        if not parts[-1] or header.round + (header.stage is Stage.UNMASK) < lies_from:
+            return reply
+        dealt = parse_shares(parts[-1])
+        parts[-1] = format_shares(replace(dealt, seed_digests=dealt.key_digests))
+        changed = pack_body({}, *parts)
+        about = {"body_bytes": len(changed), "body_sha256": sha256_hex(changed)}
+        return bytes(seal(world.agent("delta")._key, replace(own, **about), changed))
+
+    world.after = after
+    world.run()
+    records = [signed.record for signed in read_records(world.server)]
+    assert ["delta" in record.contributors for record in records] == [
+        number < lies_from for number in range(3)
+    ]
+    # the round after needs keys anew, too: the liar's came with the attempt that failed
+    assert [record.attempt for record in records] == [
+        1 + (number - lies_from in (0, 1)) for number in range(3)
+    ]
+    assert all(record.missing["delta"].startswith("ShareWrong") for record in records[lies_from:])
+    assert [e.body.code for e in entries(world) if isinstance(e.body, Incident)] == ["wrong-share"]
+
+
+def test_a_culprit_without_whom_there_are_too_few_stays_in(make: Make) -> None:
+    world = make(mode="consortium", rounds=1, min_sites=4, max_attempts=2)
+
+    def change(body: bytes) -> bytes:
+        dealt = parse_shares(bytes(unpack_body(body, fields={}, parts=1)[1][0]))
+        return pack_body({}, format_shares(replace(dealt, seed_digests=dealt.key_digests)))
+
+    altered(world, "delta", Stage.SHARES, change)
+    with pytest.raises(RoundFailed, match="at most 2 attempts"):
+        world.run()
+    assert [list(failed["missing"]) for failed in events(world, "round-failed")] == [["delta"], ["delta"]]
 
 
 def test_a_site_that_has_seen_less_than_nothing_is_not_ready_and_the_study_goes_on(make: Make) -> None:
