@@ -82,7 +82,7 @@ def test_every_way_in_gives_the_draft_of_the_stored_image(page: RunningPage, ask
         cases = [one for one in ask.get("/page/api/cases").json()["cases"] if one["source"] == "pacs"]
         return ask.get(f"/page/api/cases/{cases[0]['id']}").json()["draft"] if cases else None
 
-    by_store = until(from_pacs)
+    by_store = until(from_pacs, within_s=300)
     assert stored["text"] and stored["logprobs"]
     for draft in (by_page, by_api, by_store):
         assert draft["text"] == stored["text"]
