@@ -23,11 +23,19 @@ _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__n
 
 
 def run_program(app: typer.Typer) -> None:
-    """Run a typer app; a FedRadError becomes one line and exit code 1, Ctrl-C a line and 130."""
+    """Run a typer app; a FedRadError, or a file that the machine refuses, becomes one line and exit code 1.
+
+    Ctrl-C becomes a line and 130.
+    """
     try:
         code = app(standalone_mode=False)
     except FedRadError as error:
         print(f"error: {error.code}: {error}", file=sys.stderr)
+        code = 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {type(error).__name__}: {error.filename}: {error.strerror}", file=sys.stderr)
         code = 1
     except _USAGE_ERROR as error:
         error.show()

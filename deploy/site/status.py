@@ -15,7 +15,6 @@ from typing import Any
 from client.budget import BudgetLimits, read_summary
 from client.enrolment import read_enrolled
 from client.home import SiteHome, list_studies, read_approved_study, read_study
-from client.state import SiteState
 from common.errors import FedRadError, StudyNotApproved
 from deploy.site.link import SKEW_WARNING_S
 from deploy.site.link import STATUS_NAME as LINK_NAME
@@ -123,8 +122,8 @@ def _study(home: SiteHome, sha256: str) -> dict[str, Any]:
     except StudyNotApproved:
         refused = (home.study_directory(sha256) / "refusal.json").is_file()
         state = "refused" if refused else "waiting for your decision"
-    directory = home.state_directory(sha256)
-    seen = SiteState(directory, study=sha256).seen().round + 1 if directory.is_dir() else 0
+    path = home.state_directory(sha256) / "seen.json"  # read, not opened as the agent does: that writes
+    seen = int(json.loads(path.read_text())["round"]) + 1 if path.is_file() else 0
     return {
         "study": sha256,
         "id": study.study.id,

@@ -31,6 +31,7 @@ TOOLS = all(map(shutil.which, ("unshare", "setpriv", "nginx", PYTHON)))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1500),
+    pytest.mark.skipif(ROOT.is_relative_to("/tmp"), reason="the services see a /tmp of their own"),
     pytest.mark.skipif(
         os.geteuid() != 0 or not TOOLS, reason="needs root, util-linux, nginx, Debian's Python"
     ),
