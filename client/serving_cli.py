@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from client.serving.plan import GgufType
 from common.terminal import answer, bars
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ Merge = Annotated[
         help="Run base and adapter merged, from a fresh copy in the cache: 4 bytes of disk per weight, and "
         "as much memory while it is made.",
     ),
+]
+LlamaCpp = Annotated[
+    GgufType | None,
+    typer.Option("--llama-cpp", help="Run the language model in llama.cpp, its weights stored so (merged)."),
 ]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Leave the graphics card alone.")]
 Threads = Annotated[int, typer.Option(min=1, max=256, help="CPU threads of the engine.")]
@@ -73,6 +78,7 @@ def serve(
         typer.Option("--keep-cases", min=0, help="Days a decided case stays on the worklist; 0: for ever."),
     ] = 30,
     merge: Merge = False,
+    llama_cpp: LlamaCpp = None,
     threads: Threads = 1,
     cpu: Cpu = False,
     max_batch: Annotated[int, typer.Option(min=1, max=64, help="Answers written at once.")] = 8,
@@ -91,7 +97,9 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if (tls_cert is None) != (tls_key is None) or (client_ca is not None and tls_cert is None):
         raise ServingRefused("expected --tls-cert and --tls-key together, and both with --client-ca")
-    source, store = _source(home, release, base, merge=merge, allow_unprotected=allow_unprotected)
+    source, store = _source(
+        home, release, base, merge=merge, gguf=llama_cpp, allow_unprotected=allow_unprotected
+    )
     launch = Launch(
         folder=home,
         source=source,
@@ -129,6 +137,7 @@ def bench(
     reports: Annotated[int, typer.Option(min=1, max=1000, help="Made-up studies to write.")] = 8,
     tokens: Annotated[int, typer.Option(min=8, max=2048, help="Tokens of each report, at most.")] = 64,
     merge: Merge = False,
+    llama_cpp: LlamaCpp = None,
     threads: Threads = 1,
     cpu: Cpu = False,
     allow_unprotected: Unprotected = False,
@@ -137,7 +146,7 @@ def bench(
     """Measure tokens per second, seconds per report and memory here, beside the limit of the memory bus."""
     from client.serving.bench import bench_text, measure
 
-    source, _ = _source(home, release, base, merge=merge, allow_unprotected=allow_unprotected)
+    source, _ = _source(home, release, base, merge=merge, gguf=llama_cpp, allow_unprotected=allow_unprotected)
     with bars() as shown:
         value = measure(
             source, reports=reports, tokens=tokens, threads=threads, use_card=not cpu, progress=shown.step
@@ -226,7 +235,13 @@ def mount(app: typer.Typer) -> None:
 
 
 def _source(
-    home: Path, release: Path | None, base: Path | None, *, merge: bool, allow_unprotected: bool
+    home: Path,
+    release: Path | None,
+    base: Path | None,
+    *,
+    merge: bool,
+    allow_unprotected: bool,
+    gguf: GgufType | None = None,
 ) -> tuple[ReleaseSource, ModelStore | None]:
     """Find the release to run: a folder as given, else the version in use, verified against the ledger."""
     from client.serving.source import ReleaseSource
@@ -257,8 +272,9 @@ def _source(
     directory = known_base(name, base or bases.get(name))
     if directory is None:
         raise BaseInvalid(f"--base: expected the directory of base {name!r}, got none")
-    merged = home / "cache" / "merged" if merge else None
-    return ReleaseSource(folder, directory, version, operator_key, allow_unprotected, merged), store
+    merged = home / "cache" / "merged" if merge or gguf else None
+    stored = gguf.value if gguf else ""
+    return ReleaseSource(folder, directory, version, operator_key, allow_unprotected, merged, stored), store
 
 
 def _own_images(home: Path, given: Path | None) -> tuple[Path, ...]:

@@ -1,6 +1,6 @@
 """What this machine does with a release: tokens per second, seconds per report, memory, and the bus's limit.
 
-Writing one answer reads every weight once per token, so memory bandwidth over the weights' bytes bounds the
+Writing one answer reads the language model once per token, so memory bandwidth over its bytes bounds the
 tokens per second of one answer; several at once share the reading. The bandwidth of a CPU is measured with a
 sum over a large array, that of a GPU with copies in its memory.
 """
@@ -29,30 +29,18 @@ def measure(
     import torch
 
     from client.serving.canary import canary_pictures
-    from client.serving.decoding import BatchDecoder
     from client.serving.launch import engine_plan
     from client.serving.merging import merge_bytes
     from client.serving.picture import prepared
     from client.serving.plan import find_device
-    from client.serving.source import load_source, version_of
+    from client.serving.source import open_decoder
     from common.model.images import read_processor
-    from common.model.prompts import prompt_template
 
     torch.set_num_threads(threads)
     plan = engine_plan(source, max_batch=min(8, reports), use_card=use_card)
     started = time.monotonic()
-    model, tokenizer, release = load_source(source, plan)
+    engine = open_decoder(source, plan, threads=threads, default_tokens=tokens)
     loaded_s = time.monotonic() - started
-    engine = BatchDecoder(
-        model,
-        tokenizer,
-        version=version_of(release, version=source.version),
-        template=prompt_template(source.base),
-        default_tokens=tokens,
-        max_batch=plan.max_batch,
-        prefix_bytes=plan.prefix_bytes,
-        feature_bytes=plan.feature_bytes,
-    )
     processor = read_processor(source.base)
     pixels = [prepared(picture, processor) for picture in canary_pictures()]
     options = Options(max_new_tokens=tokens, stop_loops=False)
@@ -68,7 +56,7 @@ def measure(
     together = _write(engine, asks("together"))
     again = [_write(engine, [ask]) for ask in asks("alone")[-8:]]
     first_new, first_again = (statistics.median(one["first_s"] for one in some) for some in (alone, again))
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = engine.bytes_per_token
     peak = _peak(plan.device)  # before the bus is measured, which takes memory of its own
     bandwidth = _bandwidth(plan.device)
     written = sum(one["tokens"] for one in alone)
@@ -78,10 +66,13 @@ def measure(
         "dtype": plan.dtype,
         "quantization": plan.quantization,
         "threads": threads,
+        "engine": f"llama.cpp {source.gguf}" if source.gguf else "transformers",
         "merged_copy_bytes": 0 if source.merged is None else merge_bytes(source.base),
         "load_s": round(loaded_s, 2),
         "weights_bytes": weights,
         "tokens_per_s_1": written / seconds,
+        "tokens_per_cpu_s_1": written / sum(one["cpu_s"] for one in alone),
+        "tokens_per_cpu_s_batch": together["tokens"] / together["cpu_s"],
         "tokens_per_s_batch": together["tokens"] / together["seconds"],
         "batch": plan.max_batch,
         "seconds_per_report": seconds / reports,
@@ -100,11 +91,14 @@ def bench_text(value: dict[str, Any]) -> str:
     known, peak = value["first_token_known_image_s"], value["peak_memory_bytes"] / 2**30
     weights, bus = value["weights_bytes"], value["memory_bandwidth_bytes_per_s"]
     threads = f", {value['threads']} thread(s)" if value["device"] == "CPU" else ""
+    many = value["tokens_per_cpu_s_batch"]
+    packed = "" if value["quantization"] == "none" else f" and {value['quantization']}"
     lines = [
-        f"{value['device']}{threads}, {value['dtype']}, quantization {value['quantization']}",
+        f"{value['engine']}, {value['device']}{threads}, {value['dtype']}{packed}",
         f"one report    {got:8.1f} tokens/s; the memory bus allows {limit:.1f} ({100 * got / limit:.0f} %)",
         f"memory bus    {bus / 1e9:8.1f} GB/s measured; each token reads {weights / 1e6:.1f} MB of weights",
         f"{value['batch']} at once     {value['tokens_per_s_batch']:8.1f} tokens/s",
+        f"a CPU-second  {value['tokens_per_cpu_s_1']:8.1f} tokens, {many:.1f} together",
         f"report        {value['seconds_per_report']:8.2f} s, {value['tokens_per_report']:.0f} tokens",
         f"first token   {value['first_token_s']:8.3f} s, {known:.3f} s for a known image",
         f"peak memory   {peak:8.2f} GiB, loaded in {value['load_s']:.1f} s",
@@ -115,7 +109,7 @@ def bench_text(value: dict[str, Any]) -> str:
 
 
 def _write(engine: BatchDecoder, asks: list[Ask]) -> dict[str, float]:
-    started, first_s, tokens = time.monotonic(), 0.0, 0
+    started, cpu, first_s, tokens = time.monotonic(), time.process_time(), 0.0, 0
     for number, ask in enumerate(asks):
         engine.submit(number, ask)
     while not engine.idle:
@@ -124,7 +118,8 @@ def _write(engine: BatchDecoder, asks: list[Ask]) -> dict[str, float]:
                 first_s = first_s or time.monotonic() - started
             elif isinstance(event, Result):
                 tokens += len(event.token_ids)
-    return {"seconds": time.monotonic() - started, "first_s": first_s, "tokens": tokens}
+    cpu_s = time.process_time() - cpu
+    return {"seconds": time.monotonic() - started, "cpu_s": cpu_s, "first_s": first_s, "tokens": tokens}
 
 
 def _bandwidth(device: str) -> float:

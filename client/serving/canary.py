@@ -65,19 +65,26 @@ def canary_pictures() -> tuple[Picture, ...]:
     return tuple(pictures)
 
 
+def canary_asks(processor: ImageProcessor, options: Options) -> list[Ask]:
+    """Ask the fixed questions about the fixed pictures."""
+    return [
+        Ask(
+            f"canary-{number}",
+            prepared(picture, processor),
+            _INDICATIONS[number % len(_INDICATIONS)],
+            options,
+        )
+        for number, picture in enumerate(canary_pictures())
+    ]
+
+
 async def run_canary(
     engine: Engine, processor: ImageProcessor, *, clock_s: Callable[[], float] = time.monotonic
 ) -> CanaryFigures:
     """Answer the canary studies, one after the other, and count what went wrong."""
     results: list[Result] = []
     seconds: list[float] = []
-    for number, picture in enumerate(canary_pictures()):
-        ask = Ask(
-            f"canary-{number}",
-            prepared(picture, processor),
-            _INDICATIONS[number % len(_INDICATIONS)],
-            Options(),
-        )
+    for ask in canary_asks(processor, Options()):
         started = clock_s()
         async for event in engine.submit(ask):
             if isinstance(event, Result):

@@ -35,7 +35,7 @@ Event = Token | Result | FedRadError
 
 
 @dataclass(slots=True)
-class _Row:
+class Row:
     """One answer in the making; `length` positions of its slot are filled."""
 
     number: int
@@ -80,8 +80,23 @@ class BatchDecoder:
         self._prefixes = PrefixCache(prefix_bytes)
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._feature_bytes = feature_bytes
-        self._rows: list[_Row] = []
-        self._waiting: deque[_Row] = deque()
+        self._rows: list[Row] = []
+        self._waiting: deque[Row] = deque()
+
+    @property
+    def version(self) -> ModelVersion:
+        """The release that writes."""
+        return self._version
+
+    @property
+    def bytes_per_token(self) -> int:
+        """The bytes of weights that each token of one answer reads."""
+        read = [*self._language.parameters(), *self._head.parameters()]
+        unread = {id(one) for one in self._embedding.parameters()} - {
+            id(one) for one in self._head.parameters()
+        }
+        several = {id(one): one.numel() * one.element_size() for one in read if id(one) not in unread}
+        return sum(several.values())
 
     @property
     def idle(self) -> bool:
@@ -101,7 +116,7 @@ class BatchDecoder:
         text = StreamedText(self._decode)
         for token in ask.written:
             text.add(token)
-        self._waiting.append(_Row(number, ask, prompt, limit, text))
+        self._waiting.append(Row(number, ask, prompt, limit, text))
 
     def cancel(self, number: int) -> None:
         """Forget a question; unknown numbers are ignored."""
@@ -186,11 +201,28 @@ class BatchDecoder:
         count = (int(height) // patch) * (int(width) // patch)
         return count if self._llava.config.vision_feature_select_strategy == "default" else count + 1
 
-    def _admit(self, row: _Row, events: list[tuple[int, Event]]) -> None:
+    def _admit(self, row: Row, events: list[tuple[int, Event]]) -> None:
         import torch
 
         slot, written = len(self._rows), row.ask.written
         ids = (*row.prompt, *written)
+        logits = self._begin(row, slot, ids)
+        row.length = len(ids)
+        if written:  # a resumed answer: what was said keeps its probabilities
+            known = torch.log_softmax(logits[:-1], -1)
+            row.logprobs = [float(known[i, token]) for i, token in enumerate(written)]
+        self._rows.append(row)
+        finish = _ended(row)
+        if finish is not None:
+            events.append((row.number, self._result(row, finish)))
+            self._leave(slot)
+            return
+        self._choose([row], logits[-1:], events)
+
+    def _begin(self, row: Row, slot: int, ids: tuple[int, ...]) -> torch.Tensor:
+        """Compute a question; returns the logits from the prompt's last position on, [1 + written, V]."""
+        import torch
+
         self._cache.reserve(slots=slot + 1, positions=len(row.prompt) + row.limit)
         start, held = self._prefixes.find(row.ask.picture_key, row.prompt)
         if self._image_id in ids[start:]:
@@ -205,7 +237,6 @@ class BatchDecoder:
                 features=self.features(row.ask),
             )
         self._cache.fill(slot, start)
-        many = len(ids) - start
         positions = torch.arange(start, len(ids), device=self._device)
         seen = torch.arange(len(ids), device=self._device)[None] <= positions[:, None]
         hidden = self._language(
@@ -215,22 +246,20 @@ class BatchDecoder:
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
-        row.length, row.cached = len(ids), start
+        row.cached = start
         if self._prefixes.wants(row.ask.picture_key, row.prompt):
             self._prefixes.store(row.ask.picture_key, row.prompt, self._cache.read(slot, len(row.prompt)))
-        logits = self._head(hidden[:, many - len(written) - 1 :])[0].float()
-        if written:  # a resumed answer: what was said keeps its probabilities
-            known = torch.log_softmax(logits[:-1], -1)
-            row.logprobs = [float(known[i, token]) for i, token in enumerate(written)]
-        self._rows.append(row)
-        finish = _ended(row)
-        if finish is not None:
-            events.append((row.number, self._result(row, finish)))
-            self._leave(slot)
-            return
-        self._choose([row], logits[-1:], events)
+        logits: torch.Tensor = self._head(hidden[:, len(row.prompt) - 1 - start :])[0].float()
+        return logits
 
     def _advance(self, events: list[tuple[int, Event]]) -> None:
+        logits = self._next()
+        for row in self._rows:
+            row.length += 1
+        self._choose(list(self._rows), logits, events)
+
+    def _next(self) -> torch.Tensor:
+        """Compute the last token of every row; returns the logits behind it, [rows, V]."""
         import torch
 
         last = torch.tensor([[row.text.ids[-1]] for row in self._rows], device=self._device)
@@ -246,11 +275,10 @@ class BatchDecoder:
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
-        for row in self._rows:
-            row.length += 1
-        self._choose(list(self._rows), self._head(hidden[:, -1]).float(), events)
+        logits: torch.Tensor = self._head(hidden[:, -1]).float()
+        return logits
 
-    def _choose(self, rows: list[_Row], logits: torch.Tensor, events: list[tuple[int, Event]]) -> None:
+    def _choose(self, rows: list[Row], logits: torch.Tensor, events: list[tuple[int, Event]]) -> None:
         import torch
 
         shown = logits
@@ -264,7 +292,7 @@ class BatchDecoder:
         for row, token, logprob in zip(rows, chosen.tolist(), probable.tolist(), strict=True):
             self._take(row, token, logprob, events)
 
-    def _take(self, row: _Row, token: int, logprob: float, events: list[tuple[int, Event]]) -> None:
+    def _take(self, row: Row, token: int, logprob: float, events: list[tuple[int, Event]]) -> None:
         finish = None
         if not math.isfinite(logprob):
             finish = Finish.NOT_FINITE
@@ -280,12 +308,16 @@ class BatchDecoder:
 
     def _leave(self, slot: int) -> None:
         last = len(self._rows) - 1
-        if slot < last:
-            self._cache.move(last, slot, self._rows[last].length)
-            self._rows[slot] = self._rows[last]
+        self._vacate(slot, last)
+        self._rows[slot] = self._rows[last]
         self._rows.pop()
 
-    def _result(self, row: _Row, finish: Finish) -> Result:
+    def _vacate(self, slot: int, last: int) -> None:
+        """Put what the last row has computed in the place of a row that leaves."""
+        if slot < last:
+            self._cache.move(last, slot, self._rows[last].length)
+
+    def _result(self, row: Row, finish: Finish) -> Result:
         text, ends = row.text.text, list(row.text.ends)
         if finish is Finish.LOOP:
             turn = loop_start(row.text.ids)
@@ -311,7 +343,7 @@ class BatchDecoder:
         return text.strip()
 
 
-def _ended(row: _Row) -> Finish | None:
+def _ended(row: Row) -> Finish | None:
     if row.ask.options.stop_loops and loop_start(row.text.ids) is not None:
         return Finish.LOOP
     return Finish.LENGTH if len(row.text.ids) >= row.limit else None

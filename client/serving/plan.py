@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from client.hardware import VOLTA, Card, Wheel, check_architecture, largest_card
 from common.errors import ServingRefused
@@ -23,6 +24,14 @@ class Device:
     capability: tuple[int, int] = (0, 0)
     name: str = ""
     index: int = 0
+
+
+class GgufType(StrEnum):
+    """How llama.cpp's file stores matrices; vectors are always float32."""
+
+    F32 = "f32"
+    F16 = "f16"
+    Q8_0 = "q8_0"
 
 
 @dataclass(frozen=True)

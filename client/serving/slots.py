@@ -132,12 +132,7 @@ class PrefixCache:
         if prefix is None:
             return 0, None
         self._by_picture.move_to_end(picture)
-        same = 0
-        for mine, asked in zip(prefix.ids, ids[:-1], strict=False):
-            if mine != asked:
-                break
-            same += 1
-        return same, prefix.held
+        return common_prefix(prefix.ids, ids[:-1]), prefix.held
 
     def wants(self, picture: str, ids: tuple[int, ...]) -> bool:
         """Tell whether storing these ids would be new, and keeping any is allowed."""
@@ -161,3 +156,13 @@ class PrefixCache:
         prefix = self._by_picture.pop(picture, None)
         if prefix is not None:
             self.size_bytes -= prefix.size_bytes
+
+
+def common_prefix(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Count the leading ids that two prompts share."""
+    same = 0
+    for mine, asked in zip(one, other, strict=False):
+        if mine != asked:
+            break
+        same += 1
+    return same

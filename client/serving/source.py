@@ -16,6 +16,7 @@ from common.model.manifest import verify_base
 from common.model.release import Release, open_release
 
 if TYPE_CHECKING:
+    from client.serving.decoding import BatchDecoder
     from client.serving.plan import EnginePlan
 
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 class ReleaseSource:
     """A release folder and its base; `version` is its number in the site's model store, 0 for a folder.
 
-    `merged` is a directory for merged copies, or None to keep the adapter beside the base.
+    `merged` is a directory for merged copies, or None to keep the adapter beside the base; `gguf` is how
+    llama.cpp's file is stored (`GgufType`, of a merged copy), or empty for transformers.
     """
 
     release: Path
@@ -32,6 +34,7 @@ class ReleaseSource:
     operator_key: str | None = None
     allow_unprotected: bool = False
     merged: Path | None = None
+    gguf: str = ""
 
     def opened(self) -> Release:
         """Verify and read the release; raises ReleaseInvalid, SignatureInvalid or AdapterInvalid."""
@@ -87,6 +90,45 @@ def load_source(source: ReleaseSource, plan: EnginePlan) -> tuple[Any, Any, Rele
     adapted = attach_adapter(base, tokenizer, source.base, release.study.adapter)
     adapted.write_vector(release.adapter)
     return adapted.model, tokenizer, release
+
+
+def open_decoder(
+    source: ReleaseSource, plan: EnginePlan, *, threads: int, default_tokens: int | None = None
+) -> BatchDecoder:
+    """Load a release and make what writes with it: with transformers, or with llama.cpp.
+
+    Raises as `load_source`, and ParityFailed or ServingRefused where llama.cpp is asked for.
+    """
+    from client.serving.decoding import BatchDecoder
+    from common.model.prompts import prompt_template
+
+    release = source.opened()
+    told: dict[str, Any] = {
+        "version": version_of(release, version=source.version),
+        "template": prompt_template(source.base),
+        "default_tokens": default_tokens or release.study.training.max_new_tokens,
+        "feature_bytes": plan.feature_bytes,
+    }
+    if not source.gguf:
+        model, tokenizer, _ = load_source(source, plan)
+        batch: dict[str, Any] = {"max_batch": plan.max_batch, "prefix_bytes": plan.prefix_bytes}
+        return BatchDecoder(model, tokenizer, **told, **batch)
+    from client.serving.llama_decoding import LlamaDecoder, gguf_copy
+    from client.serving.merging import merge_release
+    from client.serving.plan import GgufType
+
+    if source.merged is None:
+        raise EngineFailed("expected a directory for merged copies with llama.cpp, got none")
+    verify_base(source.base, release.study.base.files)
+    path = gguf_copy(  # before the model is loaded: the gate needs memory of its own
+        merge_release(release, base=source.base, into=source.merged),
+        into=source.merged.with_name("gguf"),
+        kind=GgufType(source.gguf),
+        make_decoder=lambda base, words: BatchDecoder(base, words, **told, max_batch=1, prefix_bytes=0),
+    )
+    model, tokenizer, _ = load_source(source, plan)
+    more: dict[str, Any] = {"threads": threads, "on_card": plan.device != "cpu", "max_batch": plan.max_batch}
+    return LlamaDecoder(path, model, tokenizer, **told, **more)
 
 
 def _load(directory: Path, plan: EnginePlan) -> tuple[Any, Any]:

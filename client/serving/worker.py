@@ -54,27 +54,14 @@ def _listen(connection: socket.socket, inbox: queue.SimpleQueue[Message | None])
 def _load(settings: dict[str, Any]) -> tuple[BatchDecoder, dict[str, Any]]:
     import torch
 
-    from client.serving.decoding import BatchDecoder
     from client.serving.plan import EnginePlan
-    from client.serving.source import load_source, parse_source, version_of
-    from common.model.prompts import prompt_template
+    from client.serving.source import open_decoder, parse_source
 
     torch.set_num_threads(settings["threads"])
     source, plan = parse_source(settings["source"]), EnginePlan(**settings["plan"])
     started = time.monotonic()
-    model, tokenizer, release = load_source(source, plan)
-    version = version_of(release, version=source.version)
-    engine = BatchDecoder(
-        model,
-        tokenizer,
-        version=version,
-        template=prompt_template(source.base),
-        default_tokens=release.study.training.max_new_tokens,
-        max_batch=plan.max_batch,
-        prefix_bytes=plan.prefix_bytes,
-        feature_bytes=plan.feature_bytes,
-    )
-    return engine, {"model": asdict(version), "load_s": round(time.monotonic() - started, 3)}
+    engine = open_decoder(source, plan, threads=settings["threads"])
+    return engine, {"model": asdict(engine.version), "load_s": round(time.monotonic() - started, 3)}
 
 
 def _serve(engine: BatchDecoder, connection: socket.socket, inbox: queue.SimpleQueue[Message | None]) -> int:

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
-from client.serving.merging import merge_bytes, merge_release, merged_directory
+from client.serving.merging import merge_bytes, merge_release, merged_name
 from client.serving.source import load_source, version_of
 from common.errors import ServingRefused
 from tests.client.serving.hosting import png
@@ -79,7 +79,7 @@ def test_a_damaged_copy_and_what_a_killed_process_left_are_made_again(tmp_path: 
 
 def test_the_two_copies_used_last_are_kept(tmp_path: Path) -> None:
     one, two, three = (talkative_source(seed).opened() for seed in (1, 2, 3))
-    names = [merged_directory(release, into=tmp_path) for release in (one, two, three)]
+    names = [tmp_path / merged_name(release) for release in (one, two, three)]
     for release, copy in zip((one, two), names, strict=False):
         merge_release(release, base=talkative_base(), into=tmp_path)
         os.utime(copy, (1, 1 + names.index(copy)))
@@ -93,7 +93,7 @@ def test_a_full_disk_is_named_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 20, 1 << 20, 0))
-    with pytest.raises(ServingRefused, match=r"GB free for the merged copy, got 0\.0 GB"):
+    with pytest.raises(ServingRefused, match=r"GB free for a copy of the model, got 0\.0 GB"):
         merge_release(talkative_source().opened(), base=talkative_base(), into=tmp_path)
     assert copies(tmp_path) == []
 
@@ -134,7 +134,7 @@ def test_served_merged_and_unmerged_answers_are_the_same(tmp_path: Path) -> None
 def test_a_kill_in_the_middle_of_merging_leaves_no_copy_and_the_next_start_makes_one(tmp_path: Path) -> None:
     release = talkative_source().opened()
     folder = tmp_path / "cache" / "merged"
-    copy = merged_directory(release, into=folder)
+    copy = folder / merged_name(release)
     staging = folder / f".{copy.name}.partial"
     told = command("bench", tmp_path, "--merge", "--reports", "1", "--tokens", "8", "--json")
     for begun in (staging, staging / "model.safetensors"):
