@@ -141,7 +141,7 @@ def running_page(
 
     thread = threading.Thread(target=run, name="page")
     thread.start()
-    ready.wait(120)
+    ready.wait(600)
     try:
         if failed:
             raise failed[0]
