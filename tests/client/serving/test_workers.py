@@ -93,8 +93,11 @@ def test_a_killed_worker_costs_no_other_answer(expected: dict[int, Result]) -> N
 def test_a_question_that_kills_its_worker_twice_costs_only_itself(expected: dict[int, Result]) -> None:
     async def body(engine: WorkerEngine) -> None:
         async def one(seed: int) -> Result | EngineWorkerDied:
+            long = (
+                {"max_new_tokens": 180, "stop_loops": False} if seed == 2 else {}
+            )  # not over before the kill
             try:
-                async for event in engine.submit(ask(seed)):
+                async for event in engine.submit(ask(seed, **long)):
                     if isinstance(event, Result):
                         return event
                     if seed == 2 and engine.pid:
