@@ -175,14 +175,17 @@ class PrivacyPlan:
         """Width of the noise that each site adds, in units."""
         if self.mode is Mode.PLAIN:
             return 0.0
-        shares = self.honest_floor if self.mode is Mode.CONSORTIUM else 1
-        return math.sqrt(self._variance_units(self.site_noise) / shares)
+        return math.sqrt(self._variance_units(self.site_noise) / self._shares)
+
+    @property
+    def _shares(self) -> int:
+        """How many sites' noise is counted on in a sum."""
+        return self.honest_floor if self.mode is Mode.CONSORTIUM else 1
 
     def noise_of_shares(self, sigma_units: float) -> float:
         """The noise multiplier of a site's view where each site adds noise of this width; the inverse of
         `site_share_sigma_units`."""
-        shares = self.honest_floor if self.mode is Mode.CONSORTIUM else 1
-        variance = shares * sigma_units**2 - _LATTICE_VARIANCE
+        variance = self._shares * sigma_units**2 - _LATTICE_VARIANCE
         return math.sqrt(max(0.0, variance)) / self.sensitivity_units
 
     def server_topup_sigma_units(self, survivors: int) -> float:

@@ -9,9 +9,10 @@ import pytest
 
 from client.state import Seen, SiteState
 from common.errors import RoundAlreadyServed
-from common.protocol import Header, Kind, Stage
+from common.protocol import Envelope, Header, Kind, Stage
 
 STUDY = "ab" * 32
+REPLY = Envelope(b"FRM1" + bytes(4 + 64), b"reply")
 
 
 def header(round: int = 3, attempt: int = 1, stage: Stage = Stage.CONTRIBUTE) -> Header:
@@ -50,8 +51,8 @@ def test_a_request_begun_gets_its_first_seed_again_after_a_crash(state: SiteStat
 
 def test_a_finished_request_gets_its_bytes_again(state: SiteState, tmp_path: Path) -> None:
     state.begin(header(), "aa", b"1" * 32)
-    state.spool(header(), b"reply")
-    assert again(tmp_path).spooled(header(), "aa") == b"reply"
+    state.spool(header(), REPLY)
+    assert again(tmp_path).spooled(header(), "aa") == REPLY
 
 
 def test_another_request_for_the_same_place_is_refused(state: SiteState, tmp_path: Path) -> None:
@@ -82,14 +83,14 @@ def test_replies_far_behind_the_history_are_deleted_and_near_ones_kept(
 ) -> None:
     for round in range(5):
         state.begin(header(round=round), "aa", b"1" * 32)
-        state.spool(header(round=round), b"reply")
+        state.spool(header(round=round), REPLY)
     state.see(Seen(4, "ef" * 32, "12" * 32))
     assert [name[:6] for name in names(tmp_path / "state")] == ["000003", "000003", "000004", "000004"]
 
 
 def test_seeds_are_readable_by_their_owner_only(state: SiteState, tmp_path: Path) -> None:
     state.begin(header(), "aa", b"1" * 32)
-    state.spool(header(), b"reply")
+    state.spool(header(), REPLY)
     state.see(Seen(0, "ef" * 32, "12" * 32))
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
     for path in (tmp_path / "state").rglob("*"):
