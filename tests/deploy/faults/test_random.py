@@ -41,6 +41,7 @@ KILLS = (
 OTHERS = ("torn-budget", "torn-log", "torn-ledger", "stall", "cut")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(7200),  # at about eight seconds a fault
     pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx"),
 ]
 
