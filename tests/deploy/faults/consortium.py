@@ -220,7 +220,7 @@ def faulty(
         policy.write_text(text.replace("study_retry_s = 600", "study_retry_s = 5"))
         for site in sites:
             path = directory / site / "site.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), "epsilon": 1e6}))
+            path.write_text(json.dumps({**json.loads(path.read_text()), "epsilon": 1e5}))
         lab.start_server()
         for site in sites:
             lab.start_site(site, *arguments.get(site, ()), **environment.get(site, {}))
