@@ -499,7 +499,7 @@ class RevealForged(SecureAggregationError):
 
 
 class DealtWrong(SecureAggregationError):
-    """A round's sum cannot be unmasked for what one site dealt; `site` names it."""
+    """A round's sum cannot be unmasked; `site` names whose dealing is why, empty where that is open."""
 
     def __init__(self, message: str, *, site: str = "") -> None:
         super().__init__(message)

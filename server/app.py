@@ -243,7 +243,7 @@ def _collect(attempt: Attempt, culprits: dict[str, str]) -> tuple[Collected, Pro
 
 def _blame(culprits: dict[str, str], error: FedRadError) -> dict[str, str]:
     """Note the site for whose dealings an attempt failed, if it was for one; returns it with the reason."""
-    if not isinstance(error, DealtWrong):
+    if not isinstance(error, DealtWrong) or not error.site:
         return {}
     blamed = {error.site: f"{error.code}: what it dealt spoilt an attempt"}
     culprits.update(blamed)
@@ -276,9 +276,11 @@ def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
     ready = honest if len(honest) >= study.cohort.min_sites else ready
     if attempt == 1 and study.masked and study.cohort.max_attempts > 1:
         prepared = MaskingBook(run.opened.directory, study).prepared(round)
-        known = set(prepared or ready)
-        if set(ready) - known or run.culprits.keys() & known - set(ready):
+        dealt = set(prepared or ready)
+        if set(ready) - dealt or run.culprits.keys() & dealt - set(ready):
             attempt = 2  # somebody is back, or has to be gone: keys for everyone, in exchanges of their own
+        else:
+            ready = sorted(dealt)  # one that has dealt and is away belongs to the round: its masks are undone
     pending = plan_attempt(
         study, round=round, attempt=attempt, cohort=ready, histories=run.histories, sizes=run.log.sizes,
         now_unix_s=run.clock(),

@@ -168,6 +168,34 @@ def test_a_site_whose_answer_was_lost_is_asked_where_its_log_stands_and_the_roun
     assert list(failed["missing"]) == ["beta"], "sites that answered are not missing"
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_site_that_has_dealt_for_a_round_and_goes_before_it_costs_the_others_nothing(
+    make: Make, restart: bool
+) -> None:
+    world = make(mode="consortium", rounds=3)
+    met: list[int] = []
+
+    def after(site: str, header: Header, reply: bytes) -> bytes:
+        if site == "beta" and header.stage is Stage.UNMASK and header.round == 0:
+            world.away.add("beta")
+        if site == "alpha" and header.stage is Stage.CONTRIBUTE and header.round == 1 and not met:
+            met.append(header.round)
+            if restart:
+                raise KeyboardInterrupt
+        return reply
+
+    world.after = after
+    if restart:
+        with pytest.raises(KeyboardInterrupt):
+            world.run()
+        world.away.discard("beta")
+    world.run()
+    records = [signed.record for signed in read_records(world.server)]
+    assert met and [record.attempt for record in records][:2] == [1, 1]
+    assert ("beta" in records[1].contributors) == restart
+    assert restart or records[1].missing == {"beta": "not connected"}
+
+
 def test_a_site_that_vanishes_after_its_upload_stays_in_the_sum(make: Make) -> None:
     world = make(mode="consortium", rounds=1)
     silence(world, "beta", Stage.UNMASK, 0)

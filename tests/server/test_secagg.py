@@ -317,9 +317,20 @@ def test_dealer_whose_shares_are_not_those_it_announced_ends_the_round() -> None
     round.server.accept_shares(replace(shares, seed_digests=shares.key_digests))
     openings = round.deal(key_set, world.sites[1:])
     survivor_set = round.upload(openings, world.sites)
-    with pytest.raises(ShareWrong, match="seed of site-00"):
+    with pytest.raises(ShareWrong, match="seed of site-00") as caught:
         round.reveal(survivor_set, world.sites)
     assert round.server.stage is ServerStage.ABANDONED
+    assert caught.value.site == ME, "more shares are wrong than holders can be liars"
+
+
+def test_a_liar_and_a_silent_site_do_not_lay_their_lies_at_a_dealers_door() -> None:
+    world = consortium(4)
+    round, survivor_set = uploaded(world)
+    liar, silent = round.sites["site-02"], "site-03"
+    liar._held = {site: (key, seed) for site, (seed, key) in liar._held.items()}
+    with pytest.raises(ShareWrong) as caught:
+        round.reveal(survivor_set, [site for site in world.sites if site != silent])
+    assert caught.value.site == ""
 
 
 @pytest.mark.parametrize("secret", ["seed", "key"])
