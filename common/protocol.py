@@ -85,7 +85,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Envelope:
-    """A message as it travels, in two pieces, so that many frames can share one body without a copy."""
+    """A message as it travels, in two pieces, so that nothing copies the body to frame it."""
 
     frame: bytes
     body: Bytes
@@ -144,12 +144,11 @@ def seal_request(
     nonce: str,
     previous: str,
     body: bytes,
-    body_sha256: str = "",
 ) -> Envelope:
-    """Sign a request of the server to one site; give the body's hash where many requests share a body."""
+    """Sign a request of the server to one site."""
     header = Header(
         VERSION, study, round, attempt, stage, Kind.REQUEST, sender, recipient, nonce, "", previous,
-        len(body), body_sha256 or sha256_hex(body),
+        len(body), sha256_hex(body),
     )  # fmt: skip
     return seal(key, header, body)
 

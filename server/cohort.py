@@ -44,6 +44,9 @@ _LOST = {
 _WHOAMI: dict[str, dict[str, str | bytes]] = {RECORD: {"stage": "whoami", "envelope": b""}}
 
 
+_OF_ANOTHER = SignatureInvalid | EnvelopeMalformed | UnknownSender | RelayInvalid
+
+
 class Traffic:
     """Bytes of signed messages by stage and direction, over all sites."""
 
@@ -130,10 +133,10 @@ class Cohort:
                 self._lively.add(site)
             except FedRadError as error:
                 missing[site] = f"{error.code}: {error}"
-                if isinstance(error, NodeFailed):
-                    self._nodes.pop(site, None)
-                elif isinstance(error, SignatureInvalid | EnvelopeMalformed | UnknownSender | RelayInvalid):
-                    self._impostors.add((site, self._nodes.pop(site)))  # another node may be the real one
+                if isinstance(error, NodeFailed | _OF_ANOTHER):
+                    node = self._nodes.pop(site, None)
+                    if node is not None and not isinstance(error, NodeFailed):
+                        self._impostors.add((site, node))  # another node may be the real one
             asked.settle(site)
         for site in asked.unanswered:
             missing[site] = "no answer before the deadline"
@@ -180,13 +183,13 @@ class Cohort:
     def _ask(self, asked: _Asked, sites: list[str]) -> None:
         """Push the sites' requests."""
         messages = []
-        cut: dict[int, list[bytes]] = {}  # by identity: sites mostly share one body
+        parts: list[bytes] = []
         for site in sites:
             request = asked.requests[site]
             stage = _stage(request)
-            if len(request) > PART_BYTES and id(request.body) not in cut:
-                cut[id(request.body)] = body_parts(request.body)
-            records = split_envelope(stage, request, cut.get(id(request.body)))
+            if len(request) > PART_BYTES:
+                parts = body_parts(request.body, like=parts)
+            records = split_envelope(stage, request, parts)
             messages.append(_message(self._nodes[site], records))
             self.traffic.count(stage, "down", len(request))
         ids = self._grid.push_messages(messages) if messages else []

@@ -72,47 +72,33 @@ class Attempt:
     log: StudyLog
     clock: Callable[[], float]
     statements: dict[str, Participation] = field(default_factory=dict)
-    _bodies: dict[tuple[bytes, bytes], tuple[bytes, str]] = field(default_factory=dict)
 
     @property
     def study(self) -> Study:
         return self.opened.study
 
     def request(
-        self,
-        stage: Stage,
-        site: str,
-        body: bytes,
-        *,
-        round: int | None = None,
-        attempt: int | None = None,
-        body_sha256: str = "",
+        self, stage: Stage, site: str, body: bytes, *, round: int | None = None, attempt: int | None = None
     ) -> Envelope:
         """Sign a request of this attempt (or, for a key exchange, of the next round)."""
         return stage_request(
             self.key, self.study, stage, site, body,
             round=self.pending.round if round is None else round,
             attempt=self.pending.attempt if attempt is None else attempt,
-            previous=self.state.record_sha256, nonce=self.pending.nonce, body_sha256=body_sha256,
+            previous=self.state.record_sha256, nonce=self.pending.nonce,
         )  # fmt: skip
 
     def contribute(self, site: str, *, cohort: Sequence[str], opening: bytes = b"") -> Envelope:
-        """Sign a site's contribute request with the records that it has not seen.
-
-        Sites that have seen the same get one body: made, hashed and kept once.
-        """
+        """Sign a site's contribute request with the records that it has not seen."""
         ledger: tuple[bytes, ...]
         if self.study.masked:
-            offer = self.log.offer(self.pending.sizes[site])
+            offer = self.log.offer(self.pending.sizes.get(site, 0))
             ledger = (offer.request, offer.entry, offer.proof)
         else:
             ledger = (self.pending.witnessed.encode(),)
         shown = pack_shown(self.unseen(site), *ledger)
-        if (opening, shown) not in self._bodies:
-            made = contribute_body(self.state, self.pending, cohort=cohort, opening=opening, shown=shown)
-            self._bodies[opening, shown] = made, sha256_hex(made)
-        body, body_sha256 = self._bodies[opening, shown]
-        return self.request(Stage.CONTRIBUTE, site, body, body_sha256=body_sha256)
+        body = contribute_body(self.state, self.pending, cohort=cohort, opening=opening, shown=shown)
+        return self.request(Stage.CONTRIBUTE, site, body)
 
     def unseen(self, site: str) -> list[SignedRecord]:
         """The records before this round that a site has not verified."""

@@ -64,13 +64,12 @@ def stage_request(
     attempt: int,
     previous: str,
     nonce: str,
-    body_sha256: str = "",
 ) -> Envelope:
     """Sign one request; the nonce of an attempt gives each site and stage its own."""
     own = sha256_hex(f"{nonce}|{stage.value}|{site}|{round}".encode())[:32]
     return seal_request(
         key, study=study.sha256, round=round, attempt=attempt, stage=stage, sender=SERVER, recipient=site,
-        nonce=own, previous=previous, body=body, body_sha256=body_sha256,
+        nonce=own, previous=previous, body=body,
     )  # fmt: skip
 
 

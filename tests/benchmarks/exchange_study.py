@@ -16,7 +16,6 @@ from typing import Any, cast
 import numpy as np
 
 from client.service import AgentService, ProgressBoard, start_service
-from common.canonical import sha256_hex
 from common.config import Study
 from common.protocol import (
     MAX_OVERHEAD_BYTES,
@@ -82,14 +81,13 @@ def run_exchanges(cohort: Cohort, plan: Plan, took: Callable[[str, float], None]
             ("large", Stage.CONTRIBUTE, plan.size),
             ("small", Stage.UNMASK, SMALL_BYTES),
         ):
-            body = pack_body({}, np.random.default_rng(number).bytes(size))
+            vector = np.random.default_rng(number).bytes(size)
             started = time.monotonic()
-            body_sha256 = sha256_hex(body)
             requests = {
                 site: seal_request(
                     key_of("operator"), study=study.sha256, round=number, attempt=1, stage=stage,
-                    sender=SERVER, recipient=site, nonce=f"{number:032x}", previous="0" * 64, body=body,
-                    body_sha256=body_sha256,
+                    sender=SERVER, recipient=site, nonce=f"{number:032x}", previous="0" * 64,
+                    body=pack_body({}, site.encode(), vector),
                 )
                 for site in plan.names
             }  # fmt: skip

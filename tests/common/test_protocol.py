@@ -217,12 +217,6 @@ def test_a_message_in_two_pieces_is_the_message_in_one() -> None:
     assert opened(whole) == opened(request())
 
 
-def test_a_hash_given_for_a_shared_body_is_checked_on_arrival() -> None:
-    assert opened(request(body_sha256=sha256_hex(BODY))).body == BODY
-    with pytest.raises(BodyHashMismatch):
-        opened(request(body_sha256=OTHER))
-
-
 @pytest.mark.parametrize("extra", [b"x", BODY])
 def test_a_frame_with_more_than_its_signature_is_refused(extra: bytes) -> None:
     whole = protocol.cut_envelope(request())

@@ -32,14 +32,16 @@ def test_what_is_split_is_joined(size: int) -> None:
     assert join_envelope(dict(reversed(list(records.items())))) == ("contribute", Envelope(FRAME, body))
 
 
-def test_two_sites_messages_share_the_records_of_one_body() -> None:
-    body = bytes(2 * PART_BYTES)
-    parts = body_parts(body)
-    other = FRAME[:-1] + b"x"
-    one, two = (split_envelope("x", Envelope(frame, body), parts) for frame in (FRAME, other))
-    assert {name for name in one if one[name] != two[name]} == {RECORD}
-    assert all(one[name]["envelope"] is two[name]["envelope"] for name in one if name != RECORD)
-    assert one == split_envelope("x", Envelope(FRAME, body))
+@pytest.mark.parametrize("own", [(b"north", b"south"), (b"north", b"south-east")])
+def test_two_sites_messages_share_the_records_of_what_both_are_sent(own: tuple[bytes, bytes]) -> None:
+    adapter = bytes(range(256)) * (2 * PART_BYTES // 256)
+    one, two = own[0] + adapter, own[1] + adapter
+    parts = body_parts(one)
+    first = split_envelope("x", Envelope(FRAME, one), parts)
+    second = split_envelope("x", Envelope(FRAME, two), body_parts(two, like=parts))
+    assert {name for name in first if first[name] != second[name]} == {"fedrad.1"}
+    assert all(first[name]["envelope"] is second[name]["envelope"] for name in ("fedrad.2", "fedrad.3"))
+    assert join_envelope(second) == ("x", Envelope(FRAME, two))
 
 
 def test_bytes_that_no_frame_begins_are_refused() -> None:
@@ -81,11 +83,15 @@ def with_two_stages(records: Records) -> None:
 
 
 def with_a_short_part(records: Records) -> None:
-    records["fedrad.1"]["envelope"] = b"short"
+    records["fedrad.2"]["envelope"] = b"short"
 
 
-def with_an_empty_end(records: Records) -> None:
-    records["fedrad.2"]["envelope"] = b""
+def with_an_empty_start(records: Records) -> None:
+    records["fedrad.1"]["envelope"] = b""
+
+
+def with_a_long_start(records: Records) -> None:
+    records["fedrad.1"]["envelope"] = bytes(PART_BYTES + 1)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,8 @@ def with_an_empty_end(records: Records) -> None:
         with_text_for_bytes,
         with_two_stages,
         with_a_short_part,
-        with_an_empty_end,
+        with_an_empty_start,
+        with_a_long_start,
     ],
 )
 def test_records_that_no_split_makes_are_refused(damage: object) -> None:

@@ -277,3 +277,10 @@ def test_a_slow_reply_that_gets_through_in_time_counts(world: Consortium) -> Non
     world.clock.now = 0.0
     assert greet(world, among).missing == {}
     assert max(grid.pulled) == 1
+
+
+def test_a_bad_answer_of_a_node_that_has_gone_meanwhile_is_a_missing_site(world: Consortium) -> None:
+    among = cohort(world)
+    world.after = lambda of, header, reply: reply[:50] if of == "beta" else reply
+    outcome = greet(world, among, lambda site, reply: among._nodes.pop("beta", None))
+    assert outcome.missing["beta"].startswith("EnvelopeMalformed") and len(outcome.answered) == 3

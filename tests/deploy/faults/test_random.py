@@ -80,7 +80,7 @@ class Dealer:
             return False
         while Path(f"/proc/{pid}").exists():
             time.sleep(0.01)
-        last = path.read_bytes().splitlines()[-1]
+        last = (path.read_bytes().splitlines() or [b""])[-1]
         with path.open("ab") as handle:
             handle.write(last[: len(last) // 2])
         return True
