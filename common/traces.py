@@ -11,6 +11,7 @@ It makes no spans (server/traces.py, client/traces.py) and has no sampling: a ro
 from __future__ import annotations
 
 import hashlib
+import http.client
 import ipaddress
 import json
 import logging
@@ -156,8 +157,11 @@ class Outbox:
             batch = [self._waiting[number] for number in range(min(_BATCH, len(self._waiting)))]
             try:
                 self._post(format_spans(batch, service=self._collector.service))
-            except OSError as error:  # urllib's errors and timeouts are among them
-                self._say(f"{type(error).__name__}: {error}")
+            except (
+                OSError,
+                http.client.HTTPException,
+            ) as error:  # urllib's errors; an answer that is no HTTP
+                self._say(f"{type(error).__name__}: {repr(str(error))[:200]}")
                 return False
             self._say("")
             self.sent += len(batch)

@@ -13,11 +13,12 @@ from typing import Any
 
 @dataclass
 class Collector:
-    """Its URL, what came (path, headers, body), and the status that it answers with."""
+    """Its URL, what came (path, headers, body), and the status, or the bytes that are no HTTP, it answers."""
 
     url: str = ""
     status: int = 200
     location: str = ""
+    garbled: bytes = b""
     requests: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
     came: threading.Event = field(default_factory=threading.Event)
 
@@ -40,6 +41,9 @@ def collector() -> Iterator[Collector]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             made.requests.append((self.path, dict(self.headers), body))
             made.came.set()
+            if made.garbled:
+                self.wfile.write(made.garbled)
+                return
             self.send_response(made.status)
             if made.location:
                 self.send_header("Location", made.location)

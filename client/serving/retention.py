@@ -25,12 +25,12 @@ async def keep_purging(
     wall_s: Callable[[], float] = time.time,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
-    """Purge now and every hour until cancelled; a disk that fails is tried again."""
+    """Purge now and every hour until cancelled; whatever fails is tried again."""
     while True:
         try:
             gone = await asyncio.to_thread(worklist.purge, before_s=int(wall_s()) - keep_s)
             if gone:
                 _LOG.info("worklist: %d decided cases older than %d days deleted", gone, keep_s // DAY_S)
-        except OSError as error:
+        except Exception as error:  # forgetting must not end while the server runs
             _LOG.warning("worklist: old cases stay for now: %s", type(error).__name__)
         await sleep(_EVERY_S)

@@ -286,7 +286,8 @@ class DraftingService:
 
         The old release answers until the new one has passed, and finishes what it began. `commit` is awaited
         between the canary and the switch; with `must_pass` False (going back) faults are measured only.
-        Raises CanaryFailed and what starting or `commit` raises; then nothing has changed.
+        Raises CanaryFailed and what starting, `commit` or the access log raises; then the old release goes on
+        (what a `commit` that returned has done is the caller's to take back).
         """
         async with self._switch_lock:
             old = self._active
@@ -306,6 +307,7 @@ class DraftingService:
                     raise CanaryFailed(f"{engine.model.label}: {'; '.join(faults)}")
                 if commit is not None:
                     await commit()
+                await self._write(user, Action.SWITCH_MODEL, None, engine.model)
             except BaseException:
                 await engine.stop()
                 raise
@@ -315,7 +317,6 @@ class DraftingService:
             self._leaving[leaving] = old
             leaving.add_done_callback(lambda task: self._leaving.pop(task, None))
             self.metrics.switched(engine.model)
-            await self._write(user, Action.SWITCH_MODEL, None, engine.model)
             return figures
 
     async def close(self, *, drain_s: float = 5.0) -> None:

@@ -34,15 +34,22 @@ class ReleaseSwitch:
         source: ReleaseSource,
         *,
         wall_s: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._service, self._store, self._source, self._wall_s = service, store, source, wall_s
+        self._service, self._store, self._source = service, store, source
+        self._wall_s, self._sleep = wall_s, sleep
         self._served = Current(service.model.version, 0)
         self._switching = asyncio.Lock()
 
     async def use(self, version: int, pin: str, user: str) -> dict[str, Any]:
-        """Switch as an administrator asks; the model store is told only when the canary has passed."""
+        """Switch as an administrator asks; the model store is told only when the canary has passed.
+
+        Where the access log then takes no record, nothing is switched and the model store is told that too.
+        """
+        told = False
 
         async def commit() -> None:
+            nonlocal told
             await asyncio.to_thread(
                 self._store.use,
                 version,
@@ -51,9 +58,15 @@ class ReleaseSwitch:
                 pin_reason=pin,
                 allow_unprotected=self._source.allow_unprotected,
             )
+            told = True
 
         async with self._switching:
-            figures = await self._switch(version, user=user, commit=commit)
+            try:
+                figures = await self._switch(version, user=user, commit=commit)
+            except (FedRadError, OSError) as error:
+                if told:
+                    await self._put_back(version, error)
+                raise
             self._note_served(await asyncio.to_thread(self._store.current))
         return {"version": version, "model": self._service.model.label, "canary": asdict(figures)}
 
@@ -62,9 +75,9 @@ class ReleaseSwitch:
         while True:
             try:
                 await self.look()
-            except (FedRadError, OSError) as error:
+            except Exception as error:  # following must not end while the server runs
                 _LOG.warning("cannot follow the model store: %s", type(error).__name__)
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await self._sleep(_LOOK_EVERY_S)
 
     async def look(self) -> None:
         """Take up the version in use where it is another than the one that answers, or put it back."""
@@ -100,7 +113,7 @@ class ReleaseSwitch:
         self._service.switch_failure = ""
         return figures
 
-    async def _put_back(self, failed: int, error: FedRadError) -> None:
+    async def _put_back(self, failed: int, error: FedRadError | OSError) -> None:
         try:
             await asyncio.to_thread(
                 self._store.put_back,
@@ -108,10 +121,11 @@ class ReleaseSwitch:
                 self._served,
                 time_s=int(self._wall_s()),
                 by="local:canary",
-                why=error.code,
+                why=type(error).__name__,
             )
         finally:
-            self._service.switch_failure = f"version {failed}: {error.code}: {error}"
+            said = error.strerror if isinstance(error, OSError) else error  # no path of the site in /health
+            self._service.switch_failure = f"version {failed}: {type(error).__name__}: {said}"
             _LOG.warning("%s goes on; %s", self._service.model.label, self._service.switch_failure)
 
     def _note_served(self, current: Current | None) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ from common.files import sync_directory, write_atomic
 MAX_TEXT_CHARS = 32_768
 MAX_REASON_CHARS = 2_000
 _GONE = ".gone-"
+_LOG = logging.getLogger("fedrad.serving")
 _ID = re.compile(r"[0-9a-f]{32}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 
@@ -159,13 +161,26 @@ class Worklist:
         _write(folder / "decision.json", {**decision, "outcome": outcome.value})
 
     def purge(self, *, before_s: int) -> int:
-        """Delete cases that were decided before `before_s`, and remains of a crash; returns how many."""
-        gone = 0
-        for case in self.cases():
-            decision = _read(self._folder(case.id) / "decision.json")
-            if decision is not None and int(decision.get("time_s", case.received_s)) < before_s:
-                os.replace(self._folder(case.id), self.directory / f"{_GONE}{case.id}")
+        """Delete cases that were decided before `before_s`, and remains of a crash; returns how many.
+
+        A case whose files are damaged stays; the log says how many such there are.
+        """
+        gone, damaged = 0, 0
+        for path in self.directory.glob("*/case.json"):
+            try:
+                case = self.case(path.parent.name)
+                decision = _read(self._folder(case.id) / "decision.json")
+                due = decision is not None and int(decision.get("time_s", case.received_s)) < before_s
+            except CaseUnknown:  # not a case, or deleted a moment ago
+                continue
+            except Exception:  # whatever the file holds: it must not keep the others from being forgotten
+                damaged += 1
+                continue
+            if due:
+                os.replace(path.parent, self.directory / f"{_GONE}{path.parent.name}")
                 gone += 1
+        if damaged:
+            _LOG.warning("worklist: %d cases are damaged and are not forgotten", damaged)
         for folder in self.directory.iterdir():
             torn = not (folder / "case.json").is_file() and folder.stat().st_mtime < before_s
             if folder.is_dir() and (folder.name.startswith(_GONE) or torn):

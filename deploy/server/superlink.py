@@ -3,7 +3,8 @@
 Flower takes a node's signed timestamp when it is at most 300 s old, but only 5 s ahead of the server. Here it
 may be ahead by the consortium's tolerance: `python -m deploy.server.superlink SECONDS ARGUMENTS…`.
 A call of the Fleet API counts for the node key that it names, which the door has compared with the site's
-certificate, and gets 429 beyond the rate that nginx also keeps: Debian's Caddy keeps none.
+certificate, and gets 429 beyond the rate that nginx also keeps: Debian's Caddy keeps none. One that names two
+keys gets 400: door, rate and Flower need not read the same one of them.
 """
 
 from __future__ import annotations
@@ -20,22 +21,29 @@ _NODE_KEY = b"flwr-public-key"
 
 
 class FleetPace:
-    """ASGI middleware: passes a fleet call on, or answers 429 before its body is read."""
+    """ASGI middleware: passes a fleet call on, or answers 400 or 429 before its body is read."""
 
     def __init__(self, app: Any, pace: Pace) -> None:
         self._app, self._pace = app, pace
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"].startswith(_FLEET):
-            node = dict(scope["headers"]).get(_NODE_KEY, b"").decode("latin-1")
+            nodes = [value for name, value in scope["headers"] if name == _NODE_KEY]
+            if len(nodes) > 1:
+                await _refuse(send, 400)
+                return
             try:
-                self._pace.take(node)
+                self._pace.take(b"".join(nodes).decode("latin-1"))
             except TooFrequent:
-                headers = [(b"content-length", b"0"), (b"retry-after", b"1"), (b"connection", b"close")]
-                await send({"type": "http.response.start", "status": 429, "headers": headers})
-                await send({"type": "http.response.body", "body": b""})
+                await _refuse(send, 429, (b"retry-after", b"1"))
                 return
         await self._app(scope, receive, send)
+
+
+async def _refuse(send: Any, status: int, *more: tuple[bytes, bytes]) -> None:
+    headers = [(b"content-length", b"0"), (b"connection", b"close"), *more]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def main() -> None:

@@ -117,6 +117,18 @@ def test_what_a_collector_does_not_take_waits_for_the_next_turn(caplog: pytest.L
     assert outbox.waiting == MAX_WAITING
 
 
+def test_an_answer_that_is_no_http_is_waited_out_like_any_other(caplog: pytest.LogCaptureFixture) -> None:
+    with collector() as there:
+        outbox = Outbox(Collector(f"{there.url}/v1/traces"))
+        outbox.put([SPAN])
+        there.garbled = b"\x00\x00\x18\x04" + bytes(500)  # what gRPC's port begins with
+        assert not outbox.send()
+        assert outbox.waiting == 1 and outbox.trouble.startswith("BadStatusLine")
+        assert all(len(line) < 400 and line.isprintable() for line in caplog.messages)
+        there.garbled = b""
+        assert outbox.send() and outbox.sent == 1
+
+
 def test_neither_a_redirect_nor_a_proxy_takes_spans_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     with collector() as there, collector() as elsewhere:
         monkeypatch.setenv("HTTP_PROXY", elsewhere.url)

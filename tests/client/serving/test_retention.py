@@ -86,6 +86,42 @@ def test_a_purge_that_was_killed_is_finished_and_what_a_crash_left_goes(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [kept.id]
 
 
+@pytest.mark.parametrize("held", [b"{", b"[]", b'{"time_s": "soon"}', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["case.json", "decision.json"])
+def test_a_damaged_case_does_not_keep_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, held: bytes
+) -> None:
+    worklist, clock = Worklist(tmp_path), Clock(1)
+    cases = [add(worklist, one, decided_s=START_S - 31 * DAY_S) for one in ("a", "b", "c")]
+    (tmp_path / cases[1].id / name).write_bytes(held)
+    with caplog.at_level(logging.WARNING, "fedrad.serving"):
+        run(worklist, clock)
+    assert [path.name for path in tmp_path.iterdir()] == [cases[1].id]
+    assert caplog.messages == ["worklist: 1 cases are damaged and are not forgotten"] * 2
+    assert not any(case.id in caplog.text for case in cases)
+
+
+def test_a_clock_that_fails_does_not_end_the_forgetting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is wrong with one turn, the next one takes place."""
+    worklist, clock = Worklist(tmp_path), Clock(1)
+    add(worklist, "old", decided_s=START_S - 31 * DAY_S)
+    clock.now_s = float("nan")
+
+    async def sleep(seconds: float) -> None:
+        await Clock.sleep(clock, seconds)
+        clock.now_s = START_S
+
+    with (
+        caplog.at_level(logging.WARNING, "fedrad.serving"),
+        pytest.raises(asyncio.CancelledError),
+    ):
+        asyncio.run(keep_purging(worklist, keep_s=30 * DAY_S, wall_s=clock.wall_s, sleep=sleep))
+    assert caplog.messages == ["worklist: old cases stay for now: ValueError"]
+    assert worklist.cases() == []
+
+
 def test_a_disk_that_fails_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     worklist, clock = Worklist(tmp_path / "w"), Clock(1)
     worklist.directory.rmdir()

@@ -16,7 +16,7 @@ from client.serving.engine import Finish, Token
 from client.serving.guard import Decision
 from client.serving.picture import read_picture
 from client.serving.service import Active, Draft, DraftRequest
-from common.errors import AdapterInvalid, CanaryFailed, DraftUnknown, GroundingUnavailable
+from common.errors import AccessLogInvalid, AdapterInvalid, CanaryFailed, DraftUnknown, GroundingUnavailable
 from tests.client.serving.hosting import Hosted, hosted, png
 from tests.client.serving.models import KEY, talkative_base, talkative_release, talkative_source
 
@@ -124,6 +124,10 @@ def test_a_switch_loses_no_draft_and_a_bad_release_is_not_taken(tmp_path: Path) 
                 host.run(host.service.switch(source, user="alice"), 600)
         assert host.service.model == after.model
         assert host.run(host.service.draft_whole(request(1, indication="Cough."))).text == after.text
+
+        with pytest.raises(AccessLogInvalid):  # no record, no switch
+            host.run(host.service.switch(talkative_source(1), user="not a user"), 600)
+        assert host.service.model == after.model and not host.service._leaving
 
         back = talkative_source(1)
         host.run(host.service.switch(back, user="alice", must_pass=False), 600)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 import re
 import signal
@@ -21,7 +23,10 @@ import pytest
 
 from client.access import AccessLog, Action
 from client.releases import Current, ModelStore
-from tests.client.serving.hosting import png
+from client.serving.source import ReleaseSource
+from client.serving.switching import ReleaseSwitch
+from tests.client.serving.hosting import hosted, png
+from tests.client.serving.models import talkative_base
 from tests.client.serving.release_store import PublishedSite
 
 PICTURES = 3
@@ -200,3 +205,45 @@ def test_the_last_of_two_decisions_stands(tmp_path: Path) -> None:
         assert "version 3 to be in use still" in (tmp_path / "serve.log").read_text()
     with serving(site.home) as server:
         assert server.health()["model"]["version"] == 2
+
+
+@pytest.mark.slow
+def test_a_switch_that_cannot_be_recorded_is_taken_back_and_following_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One server in this process: a full access log, then a model store damaged beyond a named error."""
+    site = PublishedSite(tmp_path, scales=(0.2, 0.2))
+    site.run("model", "use", 1)
+    store = ModelStore(site.home / "models")
+    source = ReleaseSource(store.folder(1), talkative_base(), version=1)
+    with hosted(tmp_path / "server", source=source) as host:
+        switch = ReleaseSwitch(host.service, store, source)
+        host.run(switch.look())
+        log = host.folder / "access" / "access.jsonl"
+        log.mkdir()  # nothing can be appended
+        with pytest.raises(IsADirectoryError):
+            host.run(switch.use(2, "", "alice"), 600)
+        assert host.service.model.version == 1 and store.current() == Current(1, 0)
+        assert host.service.switch_failure == "version 2: IsADirectoryError: Is a directory"
+        assert [line["why"] for line in store.decisions()][-1] == "failed: IsADirectoryError"
+        log.rmdir()
+
+        (store.directory / "current.json").write_bytes(b"[" * 100_000)
+
+        async def mend_then_leave(_: float) -> None:
+            if host.service.model.version == 2:
+                raise asyncio.CancelledError
+            (store.directory / "current.json").write_text('{"version": 2, "previous": 1}')
+
+        following = ReleaseSwitch(host.service, store, source, sleep=mend_then_leave)
+
+        async def follow() -> None:
+            with pytest.raises(asyncio.CancelledError):
+                await following.follow()
+
+        with caplog.at_level(logging.WARNING, "fedrad.serving"):
+            host.run(follow(), 600)
+        assert "cannot follow the model store: RecursionError" in caplog.messages
+        assert host.service.model.version == 2
+    switched = [record.model_version for record in AccessLog(log.parent).records()]
+    assert switched == [2]

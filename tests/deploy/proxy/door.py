@@ -40,6 +40,7 @@ from tests.common.test_enrolment import Keys
 
 PULL = "/v1/fleet/pull-messages"
 SITE_API = "/fedrad/v1/site"
+NODE_HEADER = "flwr-public-key"
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Backend:
 
     seen: list[str] = field(default_factory=list)
     clients: list[str | None] = field(default_factory=list)  # whom the door named, for the endpoint's rate
+    nodes: list[list[str]] = field(default_factory=list)  # which node keys came with each request
 
     def serve(self, context: ssl.SSLContext | None) -> ThreadingHTTPServer:
         backend = self
@@ -58,6 +60,7 @@ class Backend:
             def do_POST(self) -> None:
                 backend.seen.append(self.path)
                 backend.clients.append(self.headers[CLIENT_HEADER])
+                backend.nodes.append(self.headers.get_all(NODE_HEADER, []))
                 size = int(self.headers.get("Content-Length", "0"))
                 self.rfile.read(size)
                 self.send_response(200)
@@ -143,6 +146,11 @@ class Lab:
             self.process.wait()
             self.process = None
 
+    def node(self, site: str) -> str:
+        """Return what a site's SuperNode sends in NODE_HEADER."""
+        known: SiteKeySet = self.sites[site].request(site).keys
+        return KnownNode(site, known.node_key).header
+
     def ask(
         self,
         path: str,
@@ -153,10 +161,12 @@ class Lab:
         body: bytes = b"x",
         key: str | None = None,
         claims: str = "",
+        also: str | None = None,
     ) -> int:
         """Send one request as a site (`certificate`), signed by a site's node key header; return the status.
 
-        `claims` is an address that the client says it has. A connection that the proxy ends is 0.
+        `claims` is an address that the client says it has; `also` a site whose node key is named after that
+        of `node`. A connection that the proxy ends is 0.
         """
         context = ssl.create_default_context(cafile=str(self.home.authority_directory / "ca.crt"))
         if certificate is not None:
@@ -168,9 +178,9 @@ class Lab:
         host, _, port = self.door.listen.rpartition(":")
         connection = http.client.HTTPSConnection(host, int(port), context=context, timeout=10)
         headers = {CLIENT_HEADER: claims} if claims else {}
-        if node is not None:
-            known: SiteKeySet = self.sites[node].request(node).keys
-            headers["flwr-public-key"] = KnownNode(node, known.node_key).header
+        for header, named in ((NODE_HEADER, node), (NODE_HEADER.title(), also)):
+            if named is not None:
+                headers[header] = self.node(named)
         try:
             connection.request(method, path, body, headers)
             return connection.getresponse().status

@@ -75,6 +75,15 @@ def test_a_sites_certificate_does_not_carry_another_sites_node_key(lab: Lab) -> 
     assert lab.backend.seen == before
 
 
+def test_of_two_node_keys_the_superlink_sees_at_most_the_sites_own(lab: Lab) -> None:
+    """nginx passes on the one that it compared; Caddy compares both as one text, and refuses."""
+    before = len(lab.backend.nodes)
+    assert lab.ask(PULL, certificate="north", node="south", also="north") in REFUSED
+    assert len(lab.backend.nodes) == before
+    passed = lab.ask(PULL, certificate="north", node="north", also="south") == 200
+    assert lab.backend.nodes[before:] == [[lab.node("north")]] * passed
+
+
 def test_a_certificate_of_another_authority_is_refused(lab: Lab, tmp_path: Path) -> None:
     from datetime import UTC, datetime
 

@@ -22,7 +22,7 @@ from tests.deploy.lab import RealConsortium, running
 PULL = "/v1/fleet/pull-messages"
 
 
-def ask(paced: FleetPace, path: str, node: bytes) -> int:
+def ask(paced: FleetPace, path: str, *nodes: bytes) -> int:
     """Send one request through the middleware; return the status that it or the app answered."""
     statuses: list[int] = []
 
@@ -32,7 +32,7 @@ def ask(paced: FleetPace, path: str, node: bytes) -> int:
     async def receive() -> dict[str, Any]:
         raise AssertionError("nobody reads a body here")
 
-    scope = {"type": "http", "path": path, "headers": [(b"flwr-public-key", node)]}
+    scope = {"type": "http", "path": path, "headers": [(b"flwr-public-key", node) for node in nodes]}
     asyncio.run(paced(scope, receive, send))
     return statuses[0]
 
@@ -46,6 +46,13 @@ def test_a_sites_flood_is_refused_before_its_body_is_read_and_is_its_own() -> No
     assert [ask(paced, PULL, b"north") for _ in range(5)] == [200, 200, 200, 429, 429]
     assert ask(paced, PULL, b"south") == 200
     assert ask(paced, "/v1/control/list-runs", b"north") == 200
+
+
+def test_a_call_that_names_two_keys_is_refused_and_charged_to_neither() -> None:
+    paced = FleetPace(app, Pace(burst=1, per_minute=60, clock=lambda: 0.0))
+    assert [ask(paced, PULL, b"north", b"south") for _ in range(3)] == [400] * 3
+    assert ask(paced, PULL, b"north", b"north") == 400
+    assert [ask(paced, PULL, node) for node in (b"north", b"south")] == [200, 200]
 
 
 @pytest.mark.slow
