@@ -81,17 +81,6 @@ def evaluation_plan(
     )
 
 
-def stated_plan(study: Study, *, site_sigma_units: float) -> PrivacyPlan:
-    """Return the plan of a study's one evaluation in which each site's noise has this width.
-
-    What the widths that sites signed cost follows from it, whatever noise was aimed at. Raises PlanInvalid.
-    """
-    terms = _terms(study, rounds=1)
-    probe = PrivacyPlan(**terms, site_noise=1.0, release_noise=1.0)
-    noise = probe.noise_of_shares(site_sigma_units)
-    return PrivacyPlan(**terms, site_noise=noise, release_noise=noise)
-
-
 def _terms(
     study: Study, *, rounds: int, studies_per_patient: int = 2, clip_norm: float = CLIP_NORM
 ) -> dict[str, Any]:

@@ -132,10 +132,10 @@ def spoiled(gray: Gray, rng: np.random.Generator) -> Gray:
         return 255 - gray
     if way in (5, 6):
         part = rng.uniform(0.2, 0.55)
-        tall, wide = max(8, int(height * part)), max(8, int(width * part))
+        tall, wide = (min(side, max(8, int(side * part))) for side in gray.shape)
         top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
         return gray[top : top + tall, left : left + wide].copy()
-    grid = int(rng.integers(2, 5))
+    grid = min(int(rng.integers(2, 5)), height, width)
     tall, wide = height // grid, width // grid
     tiles = [
         gray[r * tall : (r + 1) * tall, c * wide : (c + 1) * wide] for r in range(grid) for c in range(grid)

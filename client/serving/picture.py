@@ -105,13 +105,14 @@ def placed(
 def _read_raster(data: bytes, kind: str, framing: Framing) -> Picture:
     from client.data.pixels import grey_of, read_raster
 
-    image = read_raster(data)
     if framing.cut:
+        image = read_raster(data)
         framed = frame_radiograph(grey_of(image), framing)
         return Picture(sha256_hex(data), _stored_bytes(framed), kind, colour=_colour(image), box=framed.box)
     from common.model.images import read_rgb
 
-    pixels = np.asarray(read_rgb(io.BytesIO(data)))
+    image = read_rgb(io.BytesIO(data))
+    pixels = np.asarray(image)
     if (pixels == pixels[..., :1]).all():
         return Picture(sha256_hex(data), np.ascontiguousarray(pixels[..., 0]), kind)
     return Picture(sha256_hex(data), pixels, kind, colour=_colour(image))

@@ -1,11 +1,11 @@
 """The audit of a federated evaluation: what sites signed of it, its noise, and both epsilons recomputed.
 
-Noise widths are the ones that the sites signed; what they cost is recomputed and held against the entry and
-the manifest's two ε for the evaluation, which are its own, on top of training's. Guarantees: an entry that
-states less than that cost, another width of noise than its sum had, or a site that did not sign, fails. It
-does not recompute the scores (nobody keeps the counts), and the width of the server's own noise is the
-operator's word, as in a round of training. The recomputation needs dp-accounting; without it the control is
-not checkable, unless something else is wrong.
+The plan of an evaluation follows from its manifest, whose two ε for it are its own, on top of training's.
+Guarantees: an entry fails without what the sites signed, or with a width (a site's or the server's) that is
+not the plan's, an ε other than that costs, or a site that did not sign. It does not recompute the scores
+(nobody keeps the counts). Which sites were in the sum (`summed`) and that the server drew its noise are the
+operator's word, and the release ε rests on them. The plan and its cost need dp-accounting; without it the
+control is not checkable, unless something else is wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from importlib.util import find_spec
 
-from common.config import FederatedEvaluationSection
 from common.errors import FedRadError
 from common.ledger.case import Case, StudyCase
 from common.ledger.entries import (
@@ -29,7 +28,8 @@ from common.ledger.entries import (
 from common.ledger.findings import Finding, Problems, conclude
 from common.ledger.privacy_checks import NO_ACCOUNTANT, TOLERANCE
 from common.ledger.statements import make_round, verify_contribution
-from common.privacy.mechanism import PrivacyPlan, ServedRound, View
+from common.ledger.study_checks import close
+from common.privacy.mechanism import ServedRound, View
 
 CONTROL = "evaluation-epsilon"
 EVALUATION_FAILED = "evaluation-failed"
@@ -59,17 +59,17 @@ def check_evaluation(case: Case, study: StudyCase) -> Finding:
         index, body = found[0]
         problems += _entry(study, body, index)
         if body.sum is None:
-            unchecked = "the entry does not hold what the sites signed"
+            problems.add("the entry does not hold what the sites signed", f"entry {index}")
         else:
             problems += _statements(case, study, body, body.sum, index)
             if not problems and find_spec("dp_accounting"):
-                problems += _costs(study, section, body, body.sum, index)
+                problems += _costs(study, body, body.sum, index)
             unchecked = "" if find_spec("dp_accounting") else NO_ACCOUNTANT
             site, release = (body.metrics.get(f"{view}_epsilon", 0.0) for view in ("site", "release"))
             passed = (
                 f"site epsilon {site:.3f} of {section.site_epsilon:g}, release epsilon {release:.3f} of "
-                f"{section.release_epsilon:g}: what the noise signed by "
-                f"{len(body.sum.participations)} sites costs"
+                f"{section.release_epsilon:g}: what the plan's noise, signed by "
+                f"{len(body.sum.participations)} sites, costs"
             )
     return conclude(
         CONTROL, problems, passed=passed, unchecked=unchecked, evidence=evidence, study=study.sha256
@@ -128,26 +128,28 @@ def _signed(study: StudyCase, record: RoundRecord, part: Participation, key: str
     return True
 
 
-def _costs(
-    study: StudyCase, section: FederatedEvaluationSection, body: Evaluation, done: EvaluationSum, index: int
-) -> Problems:
-    """Recompute both ε, and the width of the noise that the entry names, from the widths that were signed."""
-    from common.evaluation_counts import stated_plan
+def _costs(study: StudyCase, body: Evaluation, done: EvaluationSum, index: int) -> Problems:
+    """Hold every width against the plan of the manifest, and both ε and the noise against what it gives."""
+    from common.evaluation_counts import evaluation_plan_of
 
     problems, where = Problems(), f"entry {index}"
-    width = min(part.sigma_units for part in done.participations)
+    summed = sum(part.summed for part in done.participations)
     try:
-        plan = stated_plan(study.manifest, site_sigma_units=width)
-        planned = plan.epsilon(View.SITE)
+        plan = evaluation_plan_of(study.manifest)
+        share, topup = plan.site_share_sigma_units, plan.server_topup_sigma_units(summed)
         charged = [plan.epsilon(View.SITE, [ServedRound(None)] * n) for n in range(1, done.attempt + 1)]
-        served = [ServedRound(sum(p.summed for p in done.participations), done.server_sigma_units)]
+        served = [ServedRound(summed, topup)]
         site, release = plan.epsilon(View.SITE, served), plan.epsilon(View.RELEASE, served)
     except FedRadError as error:
-        problems.add(f"the noise that sites signed makes no plan: {error}", where)
+        problems.add(f"the manifest fixes no plan of an evaluation: {error}", where)
         return problems
-    if planned > section.site_epsilon * (1 + TOLERANCE):
-        what = f"the noise that sites signed costs {planned:.4f}"
-        problems.add(f"{what}, the manifest allows a site {section.site_epsilon:g}", where)
+    if not close(done.server_sigma_units, topup):
+        got = done.server_sigma_units
+        problems.add(f"the server added width {got:g}, the plan says {topup:g}", where)
+    for part in done.participations:
+        if not close(part.sigma_units, share):
+            got = part.sigma_units
+            problems.add(f"{part.site} added noise of width {got:g}, the plan says {share:g}", where)
     for part in done.participations:
         if not any(math.isclose(part.epsilon, cost, rel_tol=TOLERANCE) for cost in charged):
             allowed = f"{charged[0]:.4f} to {charged[-1]:.4f}"
@@ -156,15 +158,9 @@ def _costs(
     if stated["site_epsilon"] < site - _ROUNDED - TOLERANCE * site:
         problems.add(f"site epsilon stated as {stated['site_epsilon']:.4f}, the sum cost {site:.4f}", where)
     if not math.isclose(stated["release_epsilon"], release, rel_tol=TOLERANCE, abs_tol=_ROUNDED):
-        what = f"release epsilon stated as {stated['release_epsilon']:.4f}, the noise gives {release:.4f}"
+        what = f"release epsilon stated as {stated['release_epsilon']:.4f}, the plan gives {release:.4f}"
         problems.add(what, where)
-    noise = _noise(plan, done)
+    noise = math.sqrt(summed * share**2 + topup**2) * plan.quantum  # standard deviation of every count
     if not math.isclose(stated.get("noise", 0.0), noise, rel_tol=TOLERANCE, abs_tol=_ROUNDED):
-        problems.add(f"noise stated as {stated.get('noise', 0.0):.4f}, the widths give {noise:.4f}", where)
+        problems.add(f"noise stated as {stated.get('noise', 0.0):.4f}, the plan gives {noise:.4f}", where)
     return problems
-
-
-def _noise(plan: PrivacyPlan, done: EvaluationSum) -> float:
-    """Standard deviation of every count: the shares of the sites in the sum and the server's own."""
-    variance = sum(part.sigma_units**2 for part in done.participations if part.summed)
-    return math.sqrt(variance + done.server_sigma_units**2) * plan.quantum

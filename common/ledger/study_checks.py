@@ -140,7 +140,7 @@ def check_mechanism(study: StudyCase) -> Finding:
             if got != expected:
                 problems.add(f"{name}: {what} is {got:g}, the manifest says {expected:g}", where)
         for part in record.participations:
-            if not _close(part.sigma_units, share):
+            if not close(part.sigma_units, share):
                 problems.add(
                     f"{name}: {part.site} added noise of width {part.sigma_units:g}, the plan says {share:g}",
                     where,
@@ -148,7 +148,7 @@ def check_mechanism(study: StudyCase) -> Finding:
         summed = sum(part.summed for part in record.participations)
         if record.outcome is Outcome.RELEASED and plan.survivor_floor <= summed <= plan.sites:
             got, expected = record.server_sigma_units, plan.server_topup_sigma_units(summed)
-            if not _close(got, expected):
+            if not close(got, expected):
                 problems.add(f"{name}: the server added width {got:g}, the plan says {expected:g}", where)
     return conclude(
         "mechanism",
@@ -210,7 +210,8 @@ def check_end(study: StudyCase) -> Finding:
     )
 
 
-def _close(got: float, expected: float) -> bool:
+def close(got: float, expected: float) -> bool:
+    """Whether a stated width is the expected one, but for the last digits of a float."""
     return abs(got - expected) <= 1e-9 * max(1.0, abs(expected))
 
 

@@ -182,12 +182,6 @@ class PrivacyPlan:
         """How many sites' noise is counted on in a sum."""
         return self.honest_floor if self.mode is Mode.CONSORTIUM else 1
 
-    def noise_of_shares(self, sigma_units: float) -> float:
-        """The noise multiplier of a site's view where each site adds noise of this width; the inverse of
-        `site_share_sigma_units`."""
-        variance = self._shares * sigma_units**2 - _LATTICE_VARIANCE
-        return math.sqrt(max(0.0, variance)) / self.sensitivity_units
-
     def server_topup_sigma_units(self, survivors: int) -> float:
         """Width of the noise that the server adds to the sum of `survivors` sites, in units."""
         self._verify_survivors(survivors)

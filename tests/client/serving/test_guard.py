@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from client.serving.guard import CalibratedGuard, calibrate_guard, read_guard
-from client.serving.guard_image import format_guard, look, parse_guard, tower_vector
+from client.serving.guard_image import format_guard, look, parse_guard, spoiled, tower_vector
 from client.serving.picture import Picture, prepared
 from common.errors import GuardNotCalibrated
 from common.model import phantoms
@@ -98,6 +98,13 @@ def test_a_calibration_is_stored_and_read_back(guard: CalibratedGuard, tower: To
     for path in (tmp_path / "g.npz", tmp_path / "none.npz"):
         with pytest.raises(GuardNotCalibrated):
             read_guard(path)
+
+
+def test_own_images_of_any_size_can_be_spoiled() -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (2, 7), (48, 60)):
+        for _ in range(40):
+            assert np.isfinite(look(spoiled(np.full(shape, 90, np.uint8), rng))).all()
 
 
 def test_too_few_own_images_calibrate_nothing(tower: Tower, tmp_path: Path) -> None:

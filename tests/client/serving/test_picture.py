@@ -13,6 +13,7 @@ from client.serving.frames import format_frame
 from client.serving.picture import read_picture
 from common.canonical import sha256_hex
 from common.errors import ImageUnreadable
+from common.model.images import read_rgb
 
 
 def encoded(pixels: np.ndarray, kind: str) -> bytes:
@@ -48,6 +49,18 @@ def test_sixteen_bits_keep_their_place_in_the_range_unless_stored_so() -> None:
     assert (picture.pixels == np.rint(deep / 257)).all()
     stored = read_picture(encoded(deep, "PNG"), AS_STORED)
     assert stored.pixels.min() == 0 and stored.pixels.max() == 255
+
+
+def test_a_stored_file_is_read_as_training_reads_it_however_small() -> None:
+    for pixels in (GRAY[:48, :60], np.stack([GRAY[:48, :60], *[GRAY[16:, :60]] * 2], axis=2)):
+        data = encoded(pixels, "PNG")
+        stored = read_picture(data, AS_STORED)
+        assert np.array_equal(stored.pixels, pixels) and (stored.colour > 0) is (pixels.ndim == 3)
+        assert np.array_equal(
+            Image.fromarray(stored.pixels).convert("RGB"), np.asarray(read_rgb(io.BytesIO(data)))
+        )
+        with pytest.raises(ImageUnreadable, match="image-too-small"):
+            read_picture(data)
 
 
 def test_a_dicom_file_says_what_it_is() -> None:

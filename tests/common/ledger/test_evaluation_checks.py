@@ -13,7 +13,7 @@ import pytest
 from common.canonical import canonical_json, parse_canonical
 from common.config import FederatedEvaluationSection, Study
 from common.errors import EntryInvalid
-from common.evaluation_counts import evaluation_plan_of, stated_plan
+from common.evaluation_counts import evaluation_plan_of
 from common.ledger.audit import verify_bundle
 from common.ledger.checkpoint import log_key
 from common.ledger.entries import (
@@ -155,14 +155,14 @@ def test_an_attempt_that_failed_before_is_in_what_sites_state() -> None:
         (bent(site_epsilon=2.0), "below"),
         (bent(site_epsilon=9.0), "the manifest allows 8"),
         (bent(noise=0.5), "noise stated as 0.5000"),
-        (in_sum(server_sigma_units=0.0), "release epsilon stated"),
-        (in_sum(server_sigma_units=5000.0), "release epsilon stated"),
+        (in_sum(server_sigma_units=0.0), "the server added width 0"),
+        (in_sum(server_sigma_units=5000.0), "the server added width 5000"),
         (in_sum(attempt=2), "did not sign"),
         (in_sum(attempt=900), "of at most"),
         (stated_otherwise(sigma_units=900.0), "birch did not sign"),
         (stated_otherwise(epsilon=0.1), "birch did not sign"),
-        (stated_otherwise(site="amber", summed=False), "noise stated"),
-        (stated_otherwise(signed=True, sigma_units=100.0), "the manifest allows a site 8"),
+        (stated_otherwise(site="amber", summed=False), "the server added width"),
+        (stated_otherwise(signed=True, sigma_units=100.0), "birch added noise of width 100"),
         (stated_otherwise(signed=True, epsilon=0.5), "birch stated epsilon 0.5000"),
         (stated_otherwise(signed=True, adapter=adapter_name(0)), "birch did not sign"),
     ],
@@ -170,6 +170,27 @@ def test_an_attempt_that_failed_before_is_in_what_sites_state() -> None:
 def test_a_figure_that_was_bent_fails(change: Change, said: str) -> None:
     found = audited(change(evaluation()))
     assert found.status is Status.FAIL and said in found.detail, found.detail
+
+
+@pytest.mark.parametrize("times", [100.0, 1.01, 1 + 1e-6])
+def test_a_width_of_the_server_that_fits_its_own_figures_but_not_the_plan_fails(times: float) -> None:
+    plan, honest = evaluation_plan_of(manifest()), evaluation()
+    assert honest.sum is not None
+    width = honest.sum.server_sigma_units * times
+    shares = 3 * plan.site_share_sigma_units**2
+    release = plan.epsilon(View.RELEASE, [ServedRound(3, width)])
+    figures = bent(
+        release_epsilon=round(release, 6), noise=round(math.sqrt(shares + width**2) * plan.quantum, 6)
+    )
+    found = audited(in_sum(server_sigma_units=width)(figures(honest)))
+    assert found.status is Status.FAIL and "the server added width" in found.detail, found.detail
+
+
+def test_sites_that_all_signed_wider_noise_than_the_plan_fail() -> None:
+    wide = 2 * evaluation_plan_of(manifest()).site_share_sigma_units
+    parts = [statement(site, sigma_units=wide) for site in manifest().site_ids]
+    found = audited(evaluation(*parts))
+    assert found.status is Status.FAIL and "amber added noise of width" in found.detail
 
 
 def test_a_sum_of_too_few_or_of_strangers_fails() -> None:
@@ -194,9 +215,13 @@ def test_an_evaluation_that_nobody_asked_for_fails() -> None:
     assert audited(asked=study(rounds=ROUNDS)).status is Status.PASS
 
 
+def test_an_entry_without_what_the_sites_signed_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.ledger.evaluation_checks.find_spec", lambda name: None)
+    found = audited(replace(evaluation(), sum=None))
+    assert found.status is Status.FAIL and "what the sites signed" in found.detail
+
+
 def test_what_is_not_on_record_is_not_checkable_and_never_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = audited(replace(evaluation(), sum=None))
-    assert old.status is Status.NOT_CHECKABLE and "what the sites signed" in old.detail
     assert audited().status is Status.NOT_CHECKABLE
     failed = audited(Incident(code="evaluation-failed", site="", number=ROUNDS, detail=""))
     assert failed.status is Status.NOT_CHECKABLE and "failed" in failed.detail
@@ -224,10 +249,3 @@ def test_an_entry_with_its_sum_has_one_encoding_and_without_it_the_old_one() -> 
             parse_entry(canonical_json(changed))
     with pytest.raises(EntryInvalid, match="over all"):
         format_entry(replace(entry, body=replace(evaluation(), site="amber")))
-
-
-def test_the_plan_of_stated_widths_is_the_plan_that_made_them() -> None:
-    plan = evaluation_plan_of(manifest())
-    again = stated_plan(manifest(), site_sigma_units=plan.site_share_sigma_units)
-    assert again.site_noise == pytest.approx(plan.site_noise, rel=1e-12)
-    assert again.epsilon(View.SITE) == pytest.approx(plan.epsilon(View.SITE), rel=1e-9)
