@@ -175,12 +175,8 @@ class PrivacyPlan:
         """Width of the noise that each site adds, in units."""
         if self.mode is Mode.PLAIN:
             return 0.0
-        return math.sqrt(self._variance_units(self.site_noise) / self._shares)
-
-    @property
-    def _shares(self) -> int:
-        """How many sites' noise is counted on in a sum."""
-        return self.honest_floor if self.mode is Mode.CONSORTIUM else 1
+        shares = self.honest_floor if self.mode is Mode.CONSORTIUM else 1
+        return math.sqrt(self._variance_units(self.site_noise) / shares)
 
     def server_topup_sigma_units(self, survivors: int) -> float:
         """Width of the noise that the server adds to the sum of `survivors` sites, in units."""

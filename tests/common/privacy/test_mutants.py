@@ -167,7 +167,7 @@ MUTANTS = [
     Mutant(
         "share as if no site dropped or colluded",
         MECHANISM,
-        (("return self.honest_floor if", "return self.sites if"),),
+        (("shares = self.honest_floor if", "shares = self.sites if"),),
         noise_is_as_wide_as_planned,
     ),
     Mutant(
