@@ -212,18 +212,22 @@ class EvaluationSum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Metrics of an adapter at a site (`site` = "all": pooled). A site's own is signed by the site.
-
-    `sum` is there for figures from a noised sum over sites; without it the field is left out of the JSON.
-    """
-
+class _Figures:
     number: int = ranged(0, 1_000_000)
     adapter: str = hex64()
     site: str = site_id()
     subgroup: str = text(_CODE_PATTERN)
     studies: str = text(_BUCKET_PATTERN)
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(_Figures):
+    """Metrics of an adapter at a site (`site` = "all": pooled). A site's own is signed by the site.
+
+    `sum` is there for figures from a noised sum over sites; without it the field is left out of the JSON.
+    """
+
     sum: EvaluationSum | None = None
 
 
@@ -411,18 +415,8 @@ def _evaluation_body(body: Any) -> Evaluation:
     if isinstance(body, dict) and "sum" in body:
         summed = build(EvaluationSum, body["sum"], "evaluation.sum")
         body = {name: value for name, value in body.items() if name != "sum"}
-    rest = build(_EvaluationRest, body, "evaluation")
-    return Evaluation(sum=summed, **{f.name: getattr(rest, f.name) for f in fields(rest)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _EvaluationRest:
-    number: int = ranged(0, 1_000_000)
-    adapter: str = hex64()
-    site: str = site_id()
-    subgroup: str = text(_CODE_PATTERN)
-    studies: str = text(_BUCKET_PATTERN)
-    metrics: dict[str, float]
+    figures = build(_Figures, body, "evaluation")
+    return Evaluation(sum=summed, **vars(figures))
 
 
 @dataclass(frozen=True)
