@@ -32,9 +32,8 @@ def run_engine(consortium: LocalConsortium, engine: Engine, *, say: Say) -> None
 
 def _run_inprocess(consortium: LocalConsortium) -> None:
     from client.agent import SiteAgent
-    from client.app import relaying
     from client.models import ModelPool
-    from deploy.local.inprocess import run_inprocess
+    from deploy.local.inprocess import calling, run_inprocess
     from server.app import app as server_app
 
     models = ModelPool()
@@ -42,9 +41,7 @@ def _run_inprocess(consortium: LocalConsortium) -> None:
     try:
         run_inprocess(
             server_app,
-            relaying(
-                lambda context, stage, sent: agents[str(context.node_config["site"])].handle(stage, sent)
-            ),
+            calling(agents),
             node_configs={number: {"site": site} for number, site in enumerate(sorted(agents), start=1)},
             run_config={"study-dir": str(consortium.server.absolute())},
         )

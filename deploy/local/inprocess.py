@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from flwr.app import Array, Context, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -33,6 +33,8 @@ from common.errors import EngineBusy, UnknownNode
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
     from flwr.serverapp import ServerApp
+
+    from common.protocol import Envelope, Stage
 
 RunConfig = Mapping[str, str | int | float | bool]
 
@@ -156,6 +158,19 @@ class InProcessGrid(Grid):
                 bytes_up=before.bytes_up + _size(reply),
             )
         return copy.deepcopy(reply)
+
+
+class Answering(Protocol):
+    """What a site's agent is to its relay."""
+
+    def handle(self, stage: Stage, data: Envelope, /) -> Envelope: ...
+
+
+def calling(agents: Mapping[str, Answering]) -> ClientApp:
+    """Return the relaying ClientApp of nodes whose `site` is an agent in this process."""
+    from client.app import relaying
+
+    return relaying(lambda context, stage, sent: agents[str(context.node_config["site"])].handle(stage, sent))
 
 
 def run_inprocess(

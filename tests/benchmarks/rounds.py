@@ -30,10 +30,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from client.app import relaying
 from deploy.local.flower import FAB, PLAIN_FLOWER, Tuning, flower_engine
 from deploy.local.guardian import marked_processes
-from deploy.local.inprocess import run_inprocess
+from deploy.local.inprocess import calling, run_inprocess
 from deploy.local.processes import command_line
 from server.cohort import Cohort
 from tests.benchmarks.exchange_study import EchoAgent, Plan, run_exchanges
@@ -117,10 +116,9 @@ def _in_process(sites: int, progress: Progress) -> tuple[float, float]:
     def main(grid: Grid, context: Context) -> None:
         run_exchanges(Cohort(grid, plan.study), plan, took)
 
-    agents = {site: EchoAgent(plan, site) for site in plan.names}
     run_inprocess(
         app,
-        relaying(lambda context, stage, sent: agents[str(context.node_config["site"])].handle(stage, sent)),
+        calling({site: EchoAgent(plan, site) for site in plan.names}),
         node_configs={100 + number: {"site": site} for number, site in enumerate(plan.names)},
         run_config={},
     )
