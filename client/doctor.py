@@ -127,6 +127,7 @@ class SiteFacts:
     data: DataFacts | None = None
     bases: tuple[BaseFacts, ...] = ()
     budget_problem: str = ""
+    damaged_cases: tuple[str, ...] | None = None
 
 
 def examine(facts: SiteFacts, *, gpu_required: bool = False) -> tuple[Finding, ...]:
@@ -149,6 +150,8 @@ def examine(facts: SiteFacts, *, gpu_required: bool = False) -> tuple[Finding, .
         if base.size is not None:
             found += check_memory(base.size, facts.machine)
     found.append(check_budget(facts.budget_problem))
+    if facts.damaged_cases is not None:
+        found.append(check_worklist(facts.damaged_cases))
     return tuple(found)
 
 
@@ -386,3 +389,11 @@ def _more_memory(plan: MemoryPlan, card: Card | None) -> str:
     if card is None:
         return f"at least {plan.training / GIB:.0f} GiB of memory, a card, or a smaller base"
     return "a card with more memory, or a smaller base"
+
+
+def check_worklist(damages: tuple[str, ...]) -> Finding:
+    """The cases that wait for a reader: each damaged one names its file."""
+    if damages:
+        seen = f"damaged cases, which no reader can open and no term deletes: {len(damages)}"
+        return Finding("worklist", State.WARN, seen, "; ".join(damages[:3]))
+    return Finding("worklist", State.OK, "every case of the worklist can be read")

@@ -79,6 +79,7 @@ def gather(directory: Path, *, proxy: Callable[[str], str], hash_bases: bool, sa
         data=_data(home.data),
         bases=tuple(_base(home, name, hash_files=hash_bases, say=say) for name in sorted(home.bases)),
         budget_problem=_budget(home),
+        damaged_cases=_damaged_cases(home),
     )
 
 
@@ -257,6 +258,13 @@ def _budget(home: SiteHome) -> str:
     except (FedRadError, OSError) as error:
         return _named(error)
     return ""
+
+
+def _damaged_cases(home: SiteHome) -> tuple[str, ...] | None:
+    from client.serving.worklist import Worklist
+
+    folder = home.directory / "serving" / "page" / "worklist"
+    return tuple(Worklist(folder).damages()) if folder.is_dir() else None
 
 
 def _named(error: Exception) -> str:

@@ -682,6 +682,10 @@ class CaseUnknown(FedRadError):
     """The worklist holds no case of that id."""
 
 
+class CaseDamaged(FedRadError):
+    """A file of a case cannot be read; the message names it and what to do. Other cases are not concerned."""
+
+
 class CaseDecided(FedRadError):
     """A reader has accepted or rejected this case's draft; a decision is not changed."""
 

@@ -26,6 +26,7 @@ from client.serving.users import TokenFile, User
 from common.errors import (
     BodyTooLarge,
     CanaryFailed,
+    CaseDamaged,
     CaseDecided,
     CaseUnknown,
     DraftUnknown,
@@ -57,6 +58,7 @@ _STATUS: tuple[tuple[type[FedRadError], int], ...] = (
     (ImageUnreadable, 422),
     (SignOffInvalid, 422),
     (PromptTooLong, 422),
+    (CaseDamaged, 500),
     (EngineFailed, 500),
     (EngineBusy, 503),
     (EngineStopped, 503),

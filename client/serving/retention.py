@@ -1,7 +1,7 @@
 """The worklist forgets: what a reader decided is deleted after the site's term, at start and every hour.
 
-Guarantees: nothing undecided is deleted; the log says how many, never whose. The access log has a retention
-of its own (`fedrad-site access shred`).
+Guarantees: nothing undecided is deleted, and no case of which a file cannot be read; the log says how many,
+never whose. The access log has a retention of its own (`fedrad-site access shred`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ async def keep_purging(
     while True:
         try:
             gone = await asyncio.to_thread(worklist.purge, before_s=int(wall_s()) - keep_s)
-            if gone:
-                _LOG.info("worklist: %d decided cases older than %d days deleted", gone, keep_s // DAY_S)
+            days = keep_s // DAY_S
+            if gone.decided:
+                _LOG.info("worklist: %d decided cases older than %d days deleted", gone.decided, days)
+            if gone.unfinished:
+                _LOG.info(
+                    "worklist: %d pictures that a crash left over %d days ago deleted", gone.unfinished, days
+                )
+            if gone.damaged:
+                _LOG.warning("worklist: %d cases are damaged and are not forgotten", gone.damaged)
         except Exception as error:  # forgetting must not end while the server runs
             _LOG.warning("worklist: old cases stay for now: %s", type(error).__name__)
         await sleep(_EVERY_S)

@@ -7,20 +7,20 @@
     <id>/decision.json   accepted or rejected, by whom, what, why; written once
 
 Guarantees: every file appears whole; the same picture twice is one case; a decided case takes no other draft
-and no other decision. The folder is 0700 and identified: `purge` deletes what was decided long enough ago.
+and no other decision; a file that cannot be read is a CaseDamaged that names it, and holds up no other case.
+The folder is 0700 and identified: `purge` deletes what was decided long enough ago, never what it cannot read.
 It signs nothing: what a reader accepts goes to the access log and to the reader's own report system.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import logging
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -30,14 +30,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.canonical import sha256_hex
-from common.errors import CaseDecided, CaseUnknown, SignOffInvalid
+from common.errors import CaseDamaged, CaseDecided, CaseUnknown, SignOffInvalid
 from common.files import sync_directory, write_atomic
 
 MAX_TEXT_CHARS = 32_768
 MAX_REASON_CHARS = 2_000
 _GONE = ".gone-"
-_LOG = logging.getLogger("fedrad.serving")
 _ID = re.compile(r"[0-9a-f]{32}")
+_TODO = {
+    "case.json": "restore the file from a backup, or move the folder away and open the picture again",
+    "picture": "restore the file from a backup, or move the folder away",
+    "draft.json": "delete the file and the case is drafted again",
+    "decision.json": "restore the file from a backup; the access log has the decision",
+}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 
 
@@ -79,6 +84,15 @@ class Case:
     patient: Patient
 
 
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """What a purge did: old decided cases and a crash's leavings that went, damaged cases that stayed."""
+
+    decided: int = 0
+    unfinished: int = 0
+    damaged: int = 0
+
+
 class Worklist:
     """The cases of one folder; one process writes it."""
 
@@ -89,10 +103,10 @@ class Worklist:
     def add(
         self, picture: bytes, *, kind: str, source: str, received_s: int, indication: str, patient: Patient
     ) -> Case:
-        """Take in a picture; one that is there already is returned as it is."""
+        """Take in a picture; one that is there already is returned as it is. Raises CaseDamaged."""
         digest = sha256_hex(picture)
         folder = self.directory / digest[:32]
-        if (folder / "case.json").is_file():
+        with suppress(CaseUnknown):
             return self.case(digest[:32])
         case = Case(digest[:32], digest, kind, source, received_s, _line(indication, 1000), _clean(patient))
         folder.mkdir(exist_ok=True, mode=0o700)
@@ -101,32 +115,87 @@ class Worklist:
         sync_directory(self.directory)
         return case
 
+    def ids(self) -> list[str]:
+        """Every case's id, of the damaged ones too; one may be gone before it is read."""
+        return sorted(path.name for path in self.directory.iterdir() if _ID.fullmatch(path.name))
+
     def cases(self) -> list[Case]:
-        """Every case, the latest first."""
+        """Every case that can be read, the latest first."""
         found = []
-        for path in self.directory.glob("*/case.json"):
-            with contextlib.suppress(CaseUnknown):  # deleted a moment ago
-                found.append(self.case(path.parent.name))
+        for id in self.ids():
+            with suppress(CaseUnknown, CaseDamaged):
+                found.append(self.case(id))
         return sorted(found, key=lambda case: (-case.received_s, case.id))
 
+    def damages(self) -> list[str]:
+        """Name every damaged case's first damaged file, and what to do."""
+        found = []
+        for id in self.ids():
+            try:
+                self.state(id)
+            except CaseUnknown:
+                continue
+            except CaseDamaged as error:
+                found.append(str(error))
+        return found
+
     def case(self, id: str) -> Case:
-        """Return one case; raises CaseUnknown."""
-        value = _read(self._folder(id) / "case.json")
-        if value is None:
-            raise CaseUnknown("expected a case of the worklist, got an unknown id")
-        return Case(**{**value, "patient": Patient(**value["patient"])})
+        """Return one case; raises CaseUnknown or CaseDamaged."""
+        folder = self._folder(id)
+        try:
+            value = _read(folder / "case.json")
+            if value is not None:
+                return _parse_case(value, id)
+            if not _is_unfinished(folder):
+                raise FileNotFoundError
+        except (ValueError, OSError) as error:
+            raise _damaged(folder / "case.json", error) from error
+        raise CaseUnknown("expected a case of the worklist, got an unknown id")
+
+    def changed_s(self, id: str) -> int:
+        """Return when something of a case was written last, in Unix seconds; 0 where that cannot be told."""
+        with suppress(OSError):
+            return int(self._folder(id).stat().st_mtime)
+        return 0
 
     def picture_path(self, id: str) -> Path:
-        return self._folder(self.case(id).id) / "picture"
+        """Return where a case's picture lies; raises CaseUnknown or CaseDamaged."""
+        path = self._folder(self.case(id).id) / "picture"
+        if not path.is_file():
+            raise _damaged(path, FileNotFoundError())
+        return path
 
     def draft(self, id: str) -> dict[str, Any] | None:
-        return _read(self._folder(self.case(id).id) / "draft.json")
+        """Return the model's answer, None before there is one; raises CaseUnknown or CaseDamaged."""
+        path = self._folder(self.case(id).id) / "draft.json"
+        try:
+            draft = _read(path)
+            if draft is not None and not (
+                isinstance(draft.get("decision"), dict)
+                and type(draft["decision"].get("refused")) is bool
+                and type(draft.get("text")) is str
+            ):
+                raise ValueError
+        except (ValueError, OSError) as error:
+            raise _damaged(path, error) from error
+        return draft
 
     def decision(self, id: str) -> dict[str, Any] | None:
-        return _read(self._folder(self.case(id).id) / "decision.json")
+        """Return the reader's decision, None before there is one; raises CaseUnknown or CaseDamaged."""
+        path = self._folder(self.case(id).id) / "decision.json"
+        try:
+            decision = _read(path)
+            if decision is not None and not (
+                decision.get("outcome") in (State.ACCEPTED.value, State.REJECTED.value)
+                and type(decision.get("time_s", 0)) is int
+            ):
+                raise ValueError
+        except (ValueError, OSError) as error:
+            raise _damaged(path, error) from error
+        return decision
 
     def state(self, id: str) -> State:
-        """Say where a case stands; raises CaseUnknown."""
+        """Say where a case stands; raises CaseUnknown or CaseDamaged."""
         decided = self.decision(id)
         if decided is not None:
             return State(decided["outcome"])
@@ -148,11 +217,12 @@ class Worklist:
         write_atomic(self._folder(self.case(id).id) / "attention.npy", stream.getvalue(), mode=0o600)
 
     def attention(self, id: str) -> NDArray[np.float32] | None:
+        """Return what `put_attention` stored; None where there is none that can be read: it is made again."""
         path = self._folder(self.case(id).id) / "attention.npy"
-        if not path.is_file():
-            return None
-        stored: NDArray[np.float32] = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-        return stored
+        with suppress(OSError, ValueError, EOFError):
+            stored: NDArray[np.float32] = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+            return stored
+        return None
 
     def decide(self, id: str, decision: Mapping[str, Any], *, accepted: bool) -> None:
         """Store a reader's decision, once; raises CaseDecided."""
@@ -160,32 +230,35 @@ class Worklist:
         outcome = State.ACCEPTED if accepted else State.REJECTED
         _write(folder / "decision.json", {**decision, "outcome": outcome.value})
 
-    def purge(self, *, before_s: int) -> int:
-        """Delete cases that were decided before `before_s`, and remains of a crash; returns how many.
+    def purge(self, *, before_s: int) -> Purged:
+        """Delete cases that were decided before `before_s`, and what a crash left then.
 
-        A case whose files are damaged stays; the log says how many such there are.
+        A case of which a file cannot be read stays and is counted.
         """
-        gone, damaged = 0, 0
-        for path in self.directory.glob("*/case.json"):
+        for folder in self.directory.glob(f"{_GONE}*"):  # of a purge that was killed
+            shutil.rmtree(folder)
+        decided, unfinished, damaged = 0, 0, 0
+        for id in self.ids():
+            folder = self.directory / id
             try:
-                case = self.case(path.parent.name)
-                decision = _read(self._folder(case.id) / "decision.json")
-                due = decision is not None and int(decision.get("time_s", case.received_s)) < before_s
-            except CaseUnknown:  # not a case, or deleted a moment ago
-                continue
-            except Exception:  # whatever the file holds: it must not keep the others from being forgotten
+                case = self.case(id)
+                decision = self.decision(id)
+            except CaseUnknown:
+                if self.changed_s(id) < before_s and folder.is_dir():
+                    self._drop(id)
+                    unfinished += 1
+            except CaseDamaged:
                 damaged += 1
-                continue
-            if due:
-                os.replace(path.parent, self.directory / f"{_GONE}{path.parent.name}")
-                gone += 1
-        if damaged:
-            _LOG.warning("worklist: %d cases are damaged and are not forgotten", damaged)
-        for folder in self.directory.iterdir():
-            torn = not (folder / "case.json").is_file() and folder.stat().st_mtime < before_s
-            if folder.is_dir() and (folder.name.startswith(_GONE) or torn):
-                shutil.rmtree(folder)
-        return gone
+            else:
+                if decision is not None and decision.get("time_s", case.received_s) < before_s:
+                    self._drop(id)
+                    decided += 1
+        return Purged(decided, unfinished, damaged)
+
+    def _drop(self, id: str) -> None:
+        gone = self.directory / f"{_GONE}{id}"
+        os.replace(self.directory / id, gone)
+        shutil.rmtree(gone)
 
     def _folder(self, id: str) -> Path:
         if not _ID.fullmatch(id):
@@ -272,8 +345,38 @@ def _write(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object, None where there is no file; raises ValueError or OSError."""
     try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except RecursionError as error:
+        raise ValueError from error
+    if not isinstance(value, dict):
+        raise ValueError
     return value
+
+
+def _parse_case(value: dict[str, Any], id: str) -> Case:
+    """Make a case of what its file holds; raises ValueError."""
+    try:
+        case = Case(**{**value, "patient": Patient(**value["patient"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError from error
+    texts = (case.kind, case.source, case.indication, case.picture_sha256, *asdict(case.patient).values())
+    if case.id != id or type(case.received_s) is not int or any(type(text) is not str for text in texts):
+        raise ValueError
+    return case
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Say whether there is no more than a crash leaves of a case that was being taken in."""
+    if not folder.is_dir():
+        return True
+    return all(path.name == "picture" or path.name.endswith(".partial") for path in folder.iterdir())
+
+
+def _damaged(path: Path, error: Exception) -> CaseDamaged:
+    what = "it is missing" if isinstance(error, FileNotFoundError) else "it cannot be read"
+    name = f"{path.parent.name}/{path.name}"
+    return CaseDamaged(f"expected a whole {name} in the worklist, but {what}: {_TODO[path.name]}")

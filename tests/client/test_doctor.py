@@ -78,6 +78,13 @@ def test_whatever_is_not_well_comes_with_what_to_do() -> None:
         assert all(one.todo for one in findings if one.state is not State.OK), findings
 
 
+def test_a_damaged_case_is_a_warning_that_names_its_file() -> None:
+    assert named(replace(WELL, damaged_cases=()), "worklist").state is State.OK
+    finding = named(replace(WELL, damaged_cases=("expected a whole 0/case.json",)), "worklist")
+    assert finding.state is State.WARN and "0/case.json" in finding.todo
+    assert not [one for one in examine(WELL) if one.check == "worklist"]
+
+
 @pytest.mark.parametrize(
     ("card", "wheel", "torch", "words"),
     [

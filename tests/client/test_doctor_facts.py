@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from client.doctor_facts import _base, _data, _keys, gather_machine, parse_cards, probe_server
+from client.doctor_facts import _base, _damaged_cases, _data, _keys, gather_machine, parse_cards, probe_server
 from client.home import SiteHome, create_home
 from common.model.tiny import tiny_base_directory
 from deploy.local.certificates import LoopbackTls, write_loopback_tls
@@ -210,6 +210,16 @@ def test_data_that_is_not_there_is_named_and_no_patient_is(home: SiteHome) -> No
     facts = _data(home.data)
     assert facts.problem
     assert "Erika" not in repr(facts)
+
+
+def test_damaged_cases_are_named_where_there_is_a_worklist(home: SiteHome) -> None:
+    assert _damaged_cases(home) is None
+    case = home.directory / "serving" / "page" / "worklist" / ("0" * 32)
+    case.mkdir(parents=True)
+    assert _damaged_cases(home) == ()
+    (case / "case.json").write_text("{")
+    (problem,) = _damaged_cases(home) or ()
+    assert f"{case.name}/case.json" in problem
 
 
 def test_a_base_is_measured_hashed_and_its_damage_named(home: SiteHome) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from client.serving.worklist import (
     word_edits,
 )
 from common.canonical import canonical_json
-from common.errors import CaseDecided, CaseUnknown, DatasetInvalid, GroundingUnavailable
+from common.errors import CaseDamaged, CaseDecided, CaseUnknown, DatasetInvalid, GroundingUnavailable
 
 if TYPE_CHECKING:
     from client.serving.service import DraftingService
@@ -73,11 +74,20 @@ class ReadingRoom:
         self._deciding = asyncio.Lock()
 
     def overview(self) -> list[dict[str, Any]]:
-        """Every case with its state, the latest first."""
-        return [self._row(case) for case in self.worklist.cases()]
+        """Every case with its state, the latest first; a damaged one names its `problem` and little else."""
+        rows = []
+        for id in self.worklist.ids():
+            try:
+                rows.append(self._row(self.worklist.case(id)))
+            except CaseUnknown:  # deleted a moment ago
+                continue
+            except CaseDamaged as error:
+                empty = Case(id, "", "", "", self.worklist.changed_s(id), "", Patient())
+                rows.append({**asdict(empty), "state": "damaged", "problem": str(error)})
+        return sorted(rows, key=lambda row: (-row["received_s"], row["id"]))
 
     def case_value(self, id: str) -> dict[str, Any]:
-        """One case with draft and decision; raises CaseUnknown."""
+        """One case with draft and decision; raises CaseUnknown or CaseDamaged."""
         row = self._row(self.worklist.case(id))
         return {**row, "draft": self.worklist.draft(id), "decision": self.worklist.decision(id)}
 
@@ -109,9 +119,10 @@ class ReadingRoom:
                 continue
             data = (self._data / pair.images[0]).read_bytes()
             known = Patient(id=pair.study, view=pair.view)
-            case = await self.add(data, indication=pair.indication, source=SITE, patient=known)
-            if case.picture_sha256 not in had:
-                added.append(case)
+            with suppress(CaseDamaged):  # the worklist says so
+                case = await self.add(data, indication=pair.indication, source=SITE, patient=known)
+                if case.picture_sha256 not in had:
+                    added.append(case)
         return added
 
     async def pixels(self, id: str) -> NDArray[np.uint16]:

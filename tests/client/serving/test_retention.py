@@ -73,7 +73,9 @@ def test_a_case_goes_in_the_hour_after_its_term(tmp_path: Path) -> None:
     assert [case.patient.name for case in worklist.cases()] == ["Made Up"]
 
 
-def test_a_purge_that_was_killed_is_finished_and_what_a_crash_left_goes(tmp_path: Path) -> None:
+def test_a_purge_that_was_killed_is_finished_and_what_a_crash_left_goes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     worklist = Worklist(tmp_path)
     kept = add(worklist, "kept", decided_s=None)
     half = tmp_path / f".gone-{'0' * 32}"
@@ -82,7 +84,9 @@ def test_a_purge_that_was_killed_is_finished_and_what_a_crash_left_goes(tmp_path
         folder.mkdir()
         (folder / "picture").write_bytes(b"identified")
     os.utime(torn, (START_S - 31 * DAY_S,) * 2)
-    run(worklist, Clock(0))
+    with caplog.at_level(logging.INFO, "fedrad.serving"):
+        run(worklist, Clock(0))
+    assert caplog.messages == ["worklist: 1 pictures that a crash left over 30 days ago deleted"]
     assert [path.name for path in tmp_path.iterdir()] == [kept.id]
 
 

@@ -7,8 +7,8 @@ import { say } from "./words.js";
 
 export function renderCases() {
   const wanted = $("#filter").value.trim().toLowerCase(), openOnly = $("#open-only").checked;
-  const shown = state.cases.filter((one) => (!openOnly || OPEN.has(one.state) || one.id === state.id)
-    && (!wanted || [...Object.values(one.patient), one.indication, one.id].join(" ").toLowerCase().includes(wanted)));
+  const shown = state.cases.filter((one) => (!openOnly || OPEN.has(one.state) || one.problem || one.id === state.id)
+    && (!wanted || [...Object.values(one.patient), one.indication, one.id, one.problem].join(" ").toLowerCase().includes(wanted)));
   $("#cases").replaceChildren(...shown.map((one) => {
     const item = document.createElement("li");
     Object.assign(item.dataset, { id: one.id, state: one.state });
@@ -19,9 +19,9 @@ export function renderCases() {
       return part;
     });
     dot.title = say(one.state);
-    name.textContent = one.patient.name || one.patient.id || `${one.source} ${one.id.slice(0, 6)}`;
+    name.textContent = one.problem ? say("damaged") : one.patient.name || one.patient.id || `${one.source} ${one.id.slice(0, 6)}`;
     when.textContent = new Date(one.received_s * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-    what.textContent = [one.patient.view, one.indication || one.patient.description].filter(Boolean).join(" · ");
+    what.textContent = one.problem ?? [one.patient.view, one.indication || one.patient.description].filter(Boolean).join(" · ");
     item.append(dot, name, when, what);
     item.addEventListener("click", guard(() => open(one.id)));
     return item;

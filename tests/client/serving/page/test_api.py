@@ -177,6 +177,35 @@ def test_similar_cases_are_this_sites_and_not_the_picture_itself(
     assert ask.get("/priors/99999").status_code >= 400
 
 
+def test_a_damaged_case_is_one_line_and_the_others_are_as_they_were(
+    page: RunningPage, ask: httpx.Client
+) -> None:
+    good, bad = add(ask, phantom_png(11)), add(ask, phantom_png(12))
+    path = page.folder / "page" / "worklist" / bad["id"] / "case.json"
+    whole = path.read_bytes()
+    before = len(list(page.log.records()))
+    try:
+        path.write_bytes(whole[:40])
+        rows = {row["id"]: row for row in ask.get("/cases").json()["cases"]}
+        assert rows[good["id"]] == {k: good[k] for k in rows[good["id"]]}
+        line = rows[bad["id"]]
+        assert line["state"] == "damaged" and f"{bad['id']}/case.json" in line["problem"]
+        assert line.keys() == rows[good["id"]].keys() | {"problem"}
+        body = {"outcome": "accept", "text": "Clear."}
+        at = f"/cases/{bad['id']}"
+        for answer in (
+            ask.get(at), ask.get(f"{at}/pixels"), ask.get(f"{at}/grounding"), ask.get(f"{at}/similar"),
+            ask.post(f"{at}/draft"), ask.post(f"{at}/decision", json=body),
+            ask.post("/cases", content=phantom_png(12)),
+        ):  # fmt: skip
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "CaseDamaged")
+        assert ask.post("/examples?count=1").status_code == 201
+        assert len(list(page.log.records())) == before
+    finally:
+        path.write_bytes(whole)
+    assert ask.get(f"/cases/{bad['id']}").json() == bad
+
+
 @pytest.mark.parametrize(
     "path", ["/cases/" + "0" * 32, "/cases/..%2f..%2fx", "/cases/x/pixels", "/priors/-1"]
 )

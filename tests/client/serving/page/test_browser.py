@@ -76,6 +76,22 @@ def drafted(tab: Any, page: RunningPage, picture: bytes) -> str:
     return id
 
 
+def test_a_damaged_case_is_a_line_that_says_what_to_do(tab: Any, page: RunningPage) -> None:
+    good, bad = put(page, phantom_png(31)), put(page, phantom_png(32))
+    path = page.folder / "page" / "worklist" / bad / "case.json"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:40])
+        show(tab, page, good)
+        tab.wait_for_selector("#sentences li")
+        tab.check("#open-only")
+        line = tab.text_content(f'#cases li[data-id="{bad}"]')
+        assert "damaged case" in line and f"{bad}/case.json" in line and "restore" in line
+        assert tab.locator(f'#cases li[data-id="{good}"][data-state="drafted"]').count() == 1
+    finally:
+        path.write_bytes(whole)
+
+
 def shade(tab: Any) -> list[int]:
     """Sample the canvas: greys on a coarse grid."""
     found: list[int] = tab.evaluate(
