@@ -8,7 +8,7 @@
 
 Guarantees: every file appears whole; the same picture twice is one case; a decided case takes no other draft
 and no other decision; a file that cannot be read is a CaseDamaged that names it, and holds up no other case.
-The folder is 0700 and identified: `purge` deletes what was decided long enough ago, never what it cannot read.
+The folder is 0700 and identified: `purge` deletes what was decided long ago, and never what it cannot read.
 It signs nothing: what a reader accepts goes to the access log and to the reader's own report system.
 """
 
