@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from common.canonical import canonical_json, parse_canonical, sha256_hex
 from common.errors import AccessLogInvalid, FedRadError, PayloadShredded
-from common.files import append_durable, sync_directory, write_atomic
+from common.files import append_durable, cut_torn_line, sync_directory, write_atomic
 
 _MAX_LINE_BYTES = 4096
 _GENESIS = "0" * 64
@@ -69,7 +69,7 @@ class AccessLog:
         self.directory = directory
         self._random = random_bytes
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._cut_torn_tail()
+        cut_torn_line(directory / "access.jsonl")
         hashes = [digest for _, digest in self._chain()]
         self.head = hashes[-1] if hashes else _GENESIS
 
@@ -157,13 +157,6 @@ class AccessLog:
         if not path.is_file():
             write_atomic(path, self._random(32), mode=0o600)
         return path.read_bytes()
-
-    def _cut_torn_tail(self) -> None:
-        path = self.directory / "access.jsonl"
-        if path.is_file():
-            data = path.read_bytes()
-            if data and not data.endswith(b"\n"):
-                write_atomic(path, data[: data.rfind(b"\n") + 1], mode=0o600)
 
 
 def _parse(line: bytes, number: int) -> AccessRecord:

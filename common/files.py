@@ -1,7 +1,8 @@
 """Atomic and durable files: a reader sees the old content or the new, never half of it.
 
 Guarantees: after `write_atomic` returns, the content survives a power cut (file and directory are
-fsynced). Temporary files carry the suffix `.partial` and the writer's pid, and are safe to delete.
+fsynced); what `append_durable` adds is there whole or not at all, also where the disk is full. Temporary
+files carry the suffix `.partial` and the writer's pid, and are safe to delete.
 """
 
 from __future__ import annotations
@@ -37,15 +38,30 @@ def cut_torn_line(path: Path) -> bytes:
 
 
 def append_durable(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Append bytes to `path` and fsync before returning; the caller owns record framing."""
+    """Append bytes to `path` and fsync before returning; the caller owns record framing.
+
+    Where that fails, the file is as it was. One process at a time appends.
+    """
     new = not path.exists()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode)
-    with os.fdopen(descriptor, "ab") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, mode)
+    try:
+        append_whole(descriptor, data, end=os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
     if new:
         sync_directory(path.parent)
+
+
+def append_whole(descriptor: int, data: bytes, *, end: int) -> None:
+    """Write all of `data` at the file's `end` and fsync; where that fails, the file ends at `end` again."""
+    try:
+        written = 0
+        while written < len(data):
+            written += os.pwrite(descriptor, data[written:], end + written)
+        os.fsync(descriptor)
+    except BaseException:
+        os.ftruncate(descriptor, end)
+        raise
 
 
 def sync_directory(path: Path) -> None:

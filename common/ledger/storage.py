@@ -1,8 +1,8 @@
 """The leaves of a log in one append-only file: one leaf per line.
 
 Canonical JSON holds no newline, so a leaf is a line and the log can be read with any text tool.
-Guarantees: one writer at a time (advisory lock); an append is on disk when it returns; bytes after the
-last newline (a torn write) are moved to `<name>.torn` on open, never silently lost.
+Guarantees: one writer at a time (advisory lock); an append is on disk when it returns, none of it where it fails;
+bytes after the last newline (a torn write) are moved to `<name>.torn` on open, never silently lost.
 It does not notice other damage: the caller compares the Merkle root with its signed checkpoint.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.errors import BodyTooLarge, LedgerInvalid, LogInUse
-from common.files import append_durable, sync_directory
+from common.files import append_durable, append_whole, sync_directory
 
 MAX_LEAF_BYTES = 5 << 20
 
@@ -54,16 +54,13 @@ class LeafFile:
 
     def append(self, leaves: Sequence[bytes]) -> None:
         """Append leaves and fsync; an empty leaf, a newline or more than 5 MiB is refused."""
-        end = self._ends[-1] if self._ends else 0
+        start = end = self._ends[-1] if self._ends else 0
         ends = array("Q")
         for leaf in leaves:
             _check_leaf(leaf)
             end += len(leaf) + 1
             ends.append(end)
-        self._file.seek(0, os.SEEK_END)
-        self._file.write(b"".join([leaf + b"\n" for leaf in leaves]))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        append_whole(self._file.fileno(), b"".join([leaf + b"\n" for leaf in leaves]), end=start)
         self._ends.extend(ends)
 
     def read(self, index: int) -> bytes:

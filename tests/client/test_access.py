@@ -6,6 +6,7 @@ import pytest
 
 from client.access import AccessLog, Action
 from common.errors import AccessLogInvalid, PayloadShredded
+from tests.full_disk import room_for
 
 MAY, JUNE = 1_778_000_000, 1_781_000_000
 DRAFT = b"synthetic draft: lungs clear"
@@ -64,6 +65,15 @@ def test_a_torn_last_line_is_cut(tmp_path: Path) -> None:
     log = AccessLog(tmp_path)
     log.record(user="dr.amber", action=Action.DISCARD, model_version=3, time_s=JUNE)
     assert len(list(AccessLog(tmp_path).records())) == 4
+
+
+def test_a_record_that_did_not_fit_on_the_disk_does_not_spoil_the_next(tmp_path: Path) -> None:
+    log = filled(tmp_path)
+    with room_for(tmp_path / "access.jsonl", 100), pytest.raises(OSError, match="File too large"):
+        log.record(user="dr.amber", action=Action.DISCARD, model_version=3, time_s=JUNE)
+    log.record(user="dr.birch", action=Action.DISCARD, model_version=3, time_s=JUNE)
+    users = [record.user for record in AccessLog(tmp_path).records()]
+    assert len(users) == 4 and users[-1] == "dr.birch"
 
 
 def test_shredding_a_month_destroys_its_payloads_and_keeps_its_records(tmp_path: Path) -> None:

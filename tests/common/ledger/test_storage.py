@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from common.errors import BodyTooLarge, LedgerInvalid, LogInUse
 from common.ledger.storage import MAX_LEAF_BYTES, LeafFile
+from tests.full_disk import room_for
 
 LEAVES = [b"one", b"two", "dreißig".encode(), b"4" * 1000]
 
@@ -43,6 +44,18 @@ def test_a_write_torn_at_any_byte_loses_only_the_unfinished_leaf(
     torn = path.with_name("log.torn")
     assert (torn.read_bytes() if torn.exists() else b"") == whole[:cut].rpartition(b"\n")[2]
     assert path.read_bytes() == b"".join(leaf + b"\n" for leaf in [*expected, b"next"])
+
+
+def test_leaves_that_do_not_fit_on_the_disk_are_not_there_and_the_next_are_whole(tmp_path: Path) -> None:
+    path = filled(tmp_path / "log")
+    with LeafFile(path) as file:
+        with room_for(path, 20), pytest.raises(OSError, match="File too large"):
+            file.append([b"ten bytes.", b"and these do not fit"])
+        assert file.size == 4
+        file.append([b"next"])
+        assert [file.read(i) for i in range(5)] == [*LEAVES, b"next"]
+    with LeafFile(path) as file:
+        assert list(file.leaves()) == [*LEAVES, b"next"]
 
 
 def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
