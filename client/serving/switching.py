@@ -21,6 +21,7 @@ from client.serving.source import ReleaseSource
 from common.errors import FedRadError, SwitchSuperseded
 
 _LOOK_EVERY_S = 2.0
+_LOOK_AGAIN_WITHIN_S = 300.0
 _LOG = logging.getLogger("fedrad.serving")
 
 
@@ -71,13 +72,25 @@ class ReleaseSwitch:
         return {"version": version, "model": self._service.model.label, "canary": asdict(figures)}
 
     async def follow(self) -> None:
-        """Take up, until cancelled, what `fedrad-site model use` and `rollback` decide."""
+        """Take up, until cancelled, what `fedrad-site model use` and `rollback` decide.
+
+        Where that fails (a full disk takes no record of a switch), it is said once and tried again, each time
+        after twice the wait up to 5 minutes: every trial starts an engine. The release in use goes on.
+        """
+        wait_s, said = _LOOK_EVERY_S, ""
         while True:
             try:
                 await self.look()
             except Exception as error:  # following must not end while the server runs
-                _LOG.warning("cannot follow the model store: %s", type(error).__name__)
-            await self._sleep(_LOOK_EVERY_S)
+                why = type(error).__name__
+                if why != said:
+                    _LOG.warning("cannot follow the model store: %s; it is tried again", why)
+                wait_s, said = min(2 * wait_s, _LOOK_AGAIN_WITHIN_S), why
+            else:
+                if said:
+                    _LOG.warning("the model store is followed again")
+                wait_s, said = _LOOK_EVERY_S, ""
+            await self._sleep(wait_s)
 
     async def look(self) -> None:
         """Take up the version in use where it is another than the one that answers, or put it back."""

@@ -243,7 +243,64 @@ def test_a_switch_that_cannot_be_recorded_is_taken_back_and_following_goes_on(
 
         with caplog.at_level(logging.WARNING, "fedrad.serving"):
             host.run(follow(), 600)
-        assert "cannot follow the model store: RecursionError" in caplog.messages
+        assert [line for line in caplog.messages if "follow" in line] == [
+            "cannot follow the model store: RecursionError; it is tried again",
+            "the model store is followed again",
+        ]
         assert host.service.model.version == 2
+
+        log.rename(log.with_suffix(".full"))
+        log.mkdir()
+        site.run("model", "rollback", "--pin", "worse here")
+        waits: list[float] = []
+
+        async def make_room_then_leave(wait_s: float) -> None:
+            waits.append(wait_s)
+            if len(waits) == 2:
+                log.rmdir()
+                log.with_suffix(".full").rename(log)
+            if len(waits) == 3:
+                raise asyncio.CancelledError
+
+        following = ReleaseSwitch(host.service, store, source, sleep=make_room_then_leave)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "fedrad.serving"):
+            host.run(follow(), 600)
+        assert caplog.messages == [
+            "cannot follow the model store: IsADirectoryError; it is tried again",
+            "the model store is followed again",
+        ]
+        assert waits == [4, 8, 2] and host.service.model.version == 1
     switched = [record.model_version for record in AccessLog(log.parent).records()]
-    assert switched == [2]
+    assert switched == [2, 1]
+
+
+def test_a_store_that_cannot_be_read_is_looked_at_less_and_less_often_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, waits = ModelStore(tmp_path / "models"), []
+    store.directory.mkdir()
+    current = store.directory / "current.json"
+    current.write_bytes(b"torn")
+    with hosted(tmp_path / "server") as host:
+
+        async def sleep(wait_s: float) -> None:
+            waits.append(wait_s)
+            if len(waits) == 10:
+                current.unlink()
+            if len(waits) == 12:
+                raise asyncio.CancelledError
+
+        source = ReleaseSource(tmp_path, talkative_base(), version=host.service.model.version)
+
+        async def follow() -> None:
+            with pytest.raises(asyncio.CancelledError):
+                await ReleaseSwitch(host.service, store, source, sleep=sleep).follow()
+
+        with caplog.at_level(logging.WARNING, "fedrad.serving"):
+            host.run(follow())
+    assert waits == [4, 8, 16, 32, 64, 128, 256, 300, 300, 300, 2, 2]
+    assert caplog.messages == [
+        "cannot follow the model store: VersionUnknown; it is tried again",
+        "the model store is followed again",
+    ]
