@@ -1,8 +1,8 @@
 """The leaves of a log in one append-only file: one leaf per line.
 
 Canonical JSON holds no newline, so a leaf is a line and the log can be read with any text tool.
-Guarantees: one writer at a time (advisory lock); an append is on disk when it returns, none of it where it fails;
-bytes after the last newline (a torn write) are moved to `<name>.torn` on open, never silently lost.
+Guarantees: one writer at a time (advisory lock); an append is on disk when it returns, none of it where it
+fails; bytes after the last newline (a torn write) are moved to `<name>.torn` on open, never silently lost.
 It does not notice other damage: the caller compares the Merkle root with its signed checkpoint.
 """
 
