@@ -23,7 +23,6 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from common.canonical import canonical_json, parse_canonical, sha256_hex
@@ -172,9 +171,7 @@ class Budget:
     def __enter__(self) -> Budget:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

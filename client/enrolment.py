@@ -102,7 +102,8 @@ def request_enrolment(home: SiteHome, *, software: str, now: datetime) -> Enrolm
     path = home.directory / REQUEST_NAME
     if (home.directory / "enrolment.json").is_file():
         _verify_keys_there(home)
-    tls, node = _load_or_create_ec(tls_key_path(home)), _load_or_create_node(node_key_path(home))
+    tls = _load_or_create_ec(tls_key_path(home), PrivateFormat.PKCS8)
+    node = _load_or_create_ec(node_key_path(home), PrivateFormat.OpenSSH)
     message = load_or_create_key(home.key_path)
     witness = load_or_create_key(home.witness_key_path)
     keys.chmod(0o700)
@@ -148,8 +149,8 @@ def request_rotation(
     witness = load_or_create_key(coming / "witness.key") if message_keys else home.witness_key()
     request = make_request(
         site=home.site,
-        tls=_load_or_create_ec(coming / "tls.key"),
-        node=_load_or_create_node(coming / "node.key"),
+        tls=_load_or_create_ec(coming / "tls.key", PrivateFormat.PKCS8),
+        node=_load_or_create_ec(coming / "node.key", PrivateFormat.OpenSSH),
         message=message,
         witness=witness,
         software=software,
@@ -308,19 +309,11 @@ def _holds(
     return mine == (body.tls_fingerprint, body.node_fingerprint, body.message_key, body.witness_key)
 
 
-def _load_or_create_ec(path: Path) -> ec.EllipticCurvePrivateKey:
+def _load_or_create_ec(path: Path, form: PrivateFormat) -> ec.EllipticCurvePrivateKey:
+    """Flower's SuperNode reads keys in OpenSSH's form only."""
     if not path.exists():
         key = ec.generate_private_key(ec.SECP384R1())
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        write_atomic(path, pem, mode=0o600)
-    return load_ec_key(path)
-
-
-def _load_or_create_node(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Flower's SuperNode reads OpenSSH keys only."""
-    if not path.exists():
-        key = ec.generate_private_key(ec.SECP384R1())
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+        pem = key.private_bytes(Encoding.PEM, form, NoEncryption())
         write_atomic(path, pem, mode=0o600)
     return load_ec_key(path)
 

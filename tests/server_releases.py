@@ -15,6 +15,7 @@ from server.releases import (
     install_root,
     propose_root,
     publish_release,
+    publish_rollback,
     sign_root,
 )
 from tests.common.ledger.consortium import ORIGIN, Ledger, add_release, key_of, run_study, study
@@ -71,3 +72,14 @@ class Consortium:
         note = self.ledger.checkpoint()
         proof = LedgerProof(index, self.ledger.tree.prove_inclusion(index), note)
         return self.ledger.leaves[index], format_ledger_proof(proof)
+
+    def publish_rollback(self, leaf: bytes, proof: bytes) -> None:
+        publish_rollback(
+            self.repository,
+            leaf,
+            proof,
+            trusts=[self.trust],
+            targets=key_of("targets"),
+            online=ONLINE,
+            now=NOW,
+        )

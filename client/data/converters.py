@@ -22,66 +22,22 @@ IMAGE = "<image>\n"
 
 def format_llava(samples: Sequence[Instruction]) -> str:
     """Encode as LLaVA conversations; the image token opens the first question."""
-    return _dump(
-        [
-            {
-                "id": sample.sample,
-                "image": sample.image,
-                "conversations": _conversations(sample.turns),
-                "study": sample.study,
-                "made_by": sample.made_by,
-                "split": sample.split,
-            }
-            for sample in samples
-        ]
-    )
+    return _format_conversations(samples, maker="made_by")
 
 
 def parse_llava(text: str) -> list[Instruction]:
     """Decode LLaVA conversations; samples of others get empty study, origin and split."""
-    return [
-        Instruction(
-            sample=_text(entry, "id"),
-            study=_text(entry, "study", ""),
-            image=_text(entry, "image"),
-            turns=_turns(entry.get("conversations")),
-            made_by=_text(entry, "made_by", "unknown"),
-            split=_text(entry, "split", ""),
-        )
-        for entry in _entries(json_of(text))
-    ]
+    return _parse_conversations(text, maker="made_by")
 
 
 def format_llava_rad(samples: Sequence[Instruction]) -> str:
     """Encode as LLaVA-Rad: conversations with `generate_method`; nothing of ours is lost."""
-    return _dump(
-        [
-            {
-                "id": sample.sample,
-                "image": sample.image,
-                "generate_method": sample.made_by,
-                "split": sample.split,
-                "study": sample.study,
-                "conversations": _conversations(sample.turns),
-            }
-            for sample in samples
-        ]
-    )
+    return _format_conversations(samples, maker="generate_method")
 
 
 def parse_llava_rad(text: str) -> list[Instruction]:
     """Decode LLaVA-Rad samples."""
-    return [
-        Instruction(
-            sample=_text(entry, "id"),
-            study=_text(entry, "study", ""),
-            image=_text(entry, "image"),
-            turns=_turns(entry.get("conversations")),
-            made_by=_text(entry, "generate_method", "unknown"),
-            split=_text(entry, "split", ""),
-        )
-        for entry in _entries(json_of(text))
-    ]
+    return _parse_conversations(text, maker="generate_method")
 
 
 def format_vqa_rad(samples: Sequence[Instruction]) -> str:
@@ -192,6 +148,36 @@ def _turns(entries: Any) -> tuple[Turn, ...]:
         Turn(question.replace("<image>", "").strip(), answer)
         for question, answer in zip(texts[::2], texts[1::2], strict=True)
     )
+
+
+def _format_conversations(samples: Sequence[Instruction], *, maker: str) -> str:
+    return _dump(
+        [
+            {
+                "id": sample.sample,
+                "image": sample.image,
+                maker: sample.made_by,
+                "split": sample.split,
+                "study": sample.study,
+                "conversations": _conversations(sample.turns),
+            }
+            for sample in samples
+        ]
+    )
+
+
+def _parse_conversations(text: str, *, maker: str) -> list[Instruction]:
+    return [
+        Instruction(
+            sample=_text(entry, "id"),
+            study=_text(entry, "study", ""),
+            image=_text(entry, "image"),
+            turns=_turns(entry.get("conversations")),
+            made_by=_text(entry, maker, "unknown"),
+            split=_text(entry, "split", ""),
+        )
+        for entry in _entries(json_of(text))
+    ]
 
 
 def _entries(value: Any) -> list[dict[str, Any]]:

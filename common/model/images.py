@@ -8,7 +8,7 @@ are read fully or not at all. It does not read DICOM.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -50,6 +50,23 @@ def read_processor(base_dir: Path) -> ImageProcessor:
         raise BaseInvalid(f"{path}: expected a preprocessor config, got {type(error).__name__}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise BaseInvalid(f"{path}: expected a CLIP-style preprocessor config ({error})") from error
+
+
+def processor_config(side: int, *, mean: Sequence[float], std: Sequence[float]) -> dict[str, object]:
+    """Make a `preprocessor_config.json`: the whole picture, squeezed to a square; nothing is cropped."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+        "do_convert_rgb": True,
+    }
 
 
 def parse_processor(config: Mapping[str, object]) -> ImageProcessor:

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import BaseInvalid
+from common.model.images import parse_processor, prepare, processor_config
 
 if TYPE_CHECKING:
     import torch
@@ -292,32 +293,15 @@ def _phantom_features(model: LlavaForConditionalGeneration) -> torch.Tensor:
     import torch
     from PIL import Image
 
-    from common.model.images import parse_processor, prepare
     from common.model.llava import vision_features
     from common.model.tiny import PUBLIC_PREVALENCE, phantom
 
-    processor = parse_processor(preprocessing(model.config.vision_config.image_size))
+    side = model.config.vision_config.image_size
+    processor = parse_processor(processor_config(side, mean=MEAN, std=STD))
     pictures = [phantom(0, index, PUBLIC_PREVALENCE)[1] for index in range(16)]
     greys = [Image.fromarray((255 * np.clip(picture, 0, 1)).astype(np.uint8)) for picture in pictures]
     pixels = np.stack([prepare(grey.convert("RGB"), processor) for grey in greys])
     return vision_features(model, torch.from_numpy(pixels))
-
-
-def preprocessing(image_size: int) -> dict[str, object]:
-    """Make the `preprocessor_config.json`: the whole picture, squeezed to a square; nothing is cropped."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"height": image_size, "width": image_size},
-        "resample": 3,
-        "do_center_crop": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
-        "do_convert_rgb": True,
-    }
 
 
 def write_base(out: Path, model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -331,9 +315,10 @@ def write_base(out: Path, model: LlavaForConditionalGeneration, tokenizer: PreTr
     tokenizer.save_pretrained(out)
     config = json.loads((out / "config.json").read_text())
     (out / "generation_config.json").unlink(missing_ok=True)
+    side = model.config.vision_config.image_size
     write = {
         "config.json": config | {"dtype": "float32"},
-        "preprocessor_config.json": preprocessing(model.config.vision_config.image_size),
+        "preprocessor_config.json": processor_config(side, mean=MEAN, std=STD),
         "fedrad.json": {"prompt": PROMPT},
         "origin.json": {
             package: {"file": name, "sha256": sha256} for package, name, sha256 in (LANGUAGE, VISION)

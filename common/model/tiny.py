@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from common.errors import BaseInvalid
 from common.model import phantom_reports, phantoms
+from common.model.images import processor_config
 
 if TYPE_CHECKING:
     import torch
@@ -124,19 +125,7 @@ def write_base(out: Path, model: LlavaForConditionalGeneration, *, losses: Mappi
     tokenizer().save_pretrained(out)
     write = {
         "config.json": config | {"dtype": "float32"},
-        "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_resize": True,
-            "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-            "resample": 3,
-            "do_center_crop": False,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.25, 0.25, 0.25],
-            "do_convert_rgb": True,
-        },
+        "preprocessor_config.json": processor_config(IMAGE_SIZE, mean=[0.5] * 3, std=[0.25] * 3),
         "fedrad.json": {"prompt": PROMPT},
         "pretraining.json": {stage: [round(loss, 5) for loss in some] for stage, some in losses.items()},
     }

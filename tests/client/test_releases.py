@@ -30,7 +30,6 @@ from server.releases import (
     initialise,
     install_root,
     propose_root,
-    publish_rollback,
     refresh,
     sign_root,
 )
@@ -279,15 +278,7 @@ def test_a_local_pin_goes_back_and_is_recorded(two: ModelStore) -> None:
 
 def test_a_permission_in_the_ledger_goes_back(consortium: Consortium, two: ModelStore) -> None:
     leaf, proof = consortium.permit_rollback(2, 1)
-    publish_rollback(
-        consortium.repository,
-        leaf,
-        proof,
-        trusts=[consortium.trust],
-        targets=key_of("targets"),
-        online=ONLINE,
-        now=NOW,
-    )
+    consortium.publish_rollback(leaf, proof)
     two.pull(source(consortium))
     assert two.rollback(time_s=3, by=USER) == Current(1, 2)
     assert two.decisions()[-1]["why"] == "permitted: worse-at-a-site"

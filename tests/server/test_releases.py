@@ -19,7 +19,6 @@ from server.releases import (
     install_root,
     propose_root,
     publish_release,
-    publish_rollback,
     published_versions,
     refresh,
     sign_root,
@@ -125,37 +124,13 @@ def test_a_rollback_is_published_only_with_its_ledger_proof(consortium: Consorti
     consortium.publish(1)
     consortium.publish(2)
     leaf, proof = consortium.permit_rollback(2, 1)
-    publish_rollback(
-        consortium.repository,
-        leaf,
-        proof,
-        trusts=[consortium.trust],
-        targets=key_of("targets"),
-        online=ONLINE,
-        now=NOW,
-    )
+    consortium.publish_rollback(leaf, proof)
     other, _ = consortium.permit_rollback(2, 7)
     with pytest.raises(ReleaseUnproven):
-        publish_rollback(
-            consortium.repository,
-            other,
-            proof,
-            trusts=[consortium.trust],
-            targets=key_of("targets"),
-            online=ONLINE,
-            now=NOW,
-        )
+        consortium.publish_rollback(other, proof)
     leaf, proof = consortium.permit_rollback(9, 8)
     with pytest.raises(RepositoryInvalid, match="published version"):
-        publish_rollback(
-            consortium.repository,
-            leaf,
-            proof,
-            trusts=[consortium.trust],
-            targets=key_of("targets"),
-            online=ONLINE,
-            now=NOW,
-        )
+        consortium.publish_rollback(leaf, proof)
 
 
 def test_a_folder_is_listed_as_its_ledger_entry_has_it(consortium: Consortium) -> None:

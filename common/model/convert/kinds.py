@@ -22,6 +22,7 @@ from common.model.convert import keymap
 from common.model.convert.keymap import Recipes, Tensors
 from common.model.convert.stored import open_file, open_folder
 from common.model.convert.vocabulary import Vocabulary, read_vocabulary
+from common.model.images import processor_config
 from common.model.prompts import LLAVA_RAD_TEMPLATE
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -143,14 +144,7 @@ def _plan_rad(source: Path, language: Path, vision: Path | None) -> Conversion:
             raise ConversionRefused(f"{path}: expected this file of LLaVA-Rad or Vicuna, got none")
     if projector is None:
         raise ConversionRefused(f"{source}: expected non_lora_trainables.bin")
-    own = _read_json(source / "config.json")
-    if (
-        own.get("mm_vision_select_feature", "patch") != "patch"
-        or own.get("mm_projector_type") != "mlp2x_gelu"
-    ):
-        raise ConversionRefused(
-            f"{source / 'config.json'}: expected patch features and an mlp2x_gelu projector"
-        )
+    own = _own_config(source)
     words = read_vocabulary(language)
     text = _text_config(language / "config.json", "llama")
     weights = open_folder(language)
@@ -222,14 +216,7 @@ def _dinov2_config(recipes: Recipes) -> dict[str, Any]:
 
 
 def _plan_med(source: Path, vision: Path | None) -> Conversion:
-    own = _read_json(source / "config.json")
-    if (
-        own.get("mm_vision_select_feature", "patch") != "patch"
-        or own.get("mm_projector_type") != "mlp2x_gelu"
-    ):
-        raise ConversionRefused(
-            f"{source / 'config.json'}: expected patch features and an mlp2x_gelu projector"
-        )
+    own = _own_config(source)
     words = read_vocabulary(source)
     text = _text_config(
         source / "config.json", "mistral" if "mistral" in str(own.get("model_type")) else "llama"
@@ -360,20 +347,23 @@ def _llava_config(
     return dict(config.to_dict()) | {"architectures": ["LlavaForConditionalGeneration"]}
 
 
+def _own_config(source: Path) -> dict[str, Any]:
+    """Read what LLaVA adds to a language model's configuration; raises ConversionRefused for another kind."""
+    path = source / "config.json"
+    own = _read_json(path)
+    if (
+        own.get("mm_vision_select_feature", "patch") != "patch"
+        or own.get("mm_projector_type") != "mlp2x_gelu"
+    ):
+        raise ConversionRefused(f"{path}: expected patch features and an mlp2x_gelu projector")
+    return own
+
+
 def _processing(size: int, mean: Any, std: Any) -> dict[str, Any]:
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
+    return processor_config(size, mean=mean, std=std) | {
         "size": {"shortest_edge": size},
-        "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
-        "do_convert_rgb": True,
     }
 
 
