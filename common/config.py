@@ -202,11 +202,17 @@ class SiteSection:
 class CohortSection:
     min_sites: int = _number(1, 64)
     deadline_s: float = _number(1, 7 * 86400, default=600.0)
+    grace_s: float | None = _number(0, 7 * 86400, default=None)
     max_attempts: int = _number(1, 100, default=3)
     on_failed_round: OnFailedRound = OnFailedRound.REPEAT
     witness_quorum: int = _number(0, 64, default=0)
     operator_key: str = _text(r"(?:[0-9a-f]{64})?", "64 hex digits (Ed25519 public key)", default="")
     site: tuple[SiteSection, ...] = ()
+
+    @property
+    def grace(self) -> float:
+        """Seconds past the deadline for sites still at work then: as long again where none is given."""
+        return self.deadline_s if self.grace_s is None else self.grace_s
 
 
 @dataclass(frozen=True)
@@ -462,6 +468,8 @@ def _build_dataclass(cls: type, value: Any, path: tuple[str | int, ...]) -> Any:
 
 def _check_range(spec: dataclasses.Field[Any], value: Any, path: tuple[str | int, ...]) -> None:
     meta = spec.metadata
+    if value is None:
+        return
     if "low" in meta:
         low, high = meta["low"], meta["high"]
         too_low = value <= low if meta["open_low"] else value < low
@@ -625,7 +633,10 @@ def describe(study: Study) -> dict[str, str]:
         "privacy": protection,
         "evaluation": _evaluation_words(study),
         "cohort": f"at least {cohort.min_sites} of {', '.join(study.site_ids)}",
-        "attempts": f"at most {cohort.max_attempts} per round, {cohort.deadline_s:g} s each",
+        "attempts": (
+            f"at most {cohort.max_attempts} per round, {cohort.deadline_s:g} s each, and up to "
+            f"{cohort.grace:g} s more for sites still at work"
+        ),
     }
     if study.testing is not None:
         words["testing"] = "draws are seeded: nothing of this study is protected or released"

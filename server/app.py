@@ -125,7 +125,7 @@ def _opened(grid: Grid, directory: Path, clock: Clock, judge: Judge | None) -> I
             judge = open_judge(directory, study)
         yield Run(
             opened, load_key(opened.key_path), Cohort(grid, study, clock=clock), book, clock, code_sha256(),
-            dependencies_sha256(), judge,
+            dependencies_sha256(), judge, culprits=opened.culprits(),
         )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def _run_round(run: Run, state: StudyState) -> StudyState:
     while True:
         started = run.clock()
         attempt = Attempt(run.opened, run.key, run.cohort, state, pending, run.log, run.clock)
-        collected, protected, reason = _collect(attempt, run.culprits)
+        collected, protected, reason = _collect(run, attempt)
         missing = _missing(run, pending, collected, summed=protected is not None)
         if protected is not None:
             break
@@ -220,11 +220,8 @@ def _decision(record: RoundRecord, verdict: Verdict | None) -> list[Body]:
     ]  # fmt: skip
 
 
-def _collect(attempt: Attempt, culprits: dict[str, str]) -> tuple[Collected, Protected | None, str]:
-    """Collect an attempt's sum and protect it; an attempt that fails gives no gradient but the reason.
-
-    A site for whose dealings it failed joins the `culprits`, with the error's name.
-    """
+def _collect(run: Run, attempt: Attempt) -> tuple[Collected, Protected | None, str]:
+    """Collect an attempt's sum and protect it; an attempt that fails gives no gradient but the reason."""
     missing: dict[str, str] = {}
     study, round = attempt.study, attempt.pending.round
     collected = Collected({}, missing)
@@ -237,16 +234,17 @@ def _collect(attempt: Attempt, culprits: dict[str, str]) -> tuple[Collected, Pro
             return collected, None, ""
         return collected, protect(study, collected, round=round), ""
     except FedRadError as error:
-        missing.update(_blame(culprits, error))
+        missing.update(_blame(run, error))
         return collected, None, f"{error.code}: {error}"
 
 
-def _blame(culprits: dict[str, str], error: FedRadError) -> dict[str, str]:
-    """Note the site for whose dealings an attempt failed, if it was for one; returns it with the reason."""
+def _blame(run: Run, error: FedRadError) -> dict[str, str]:
+    """Note for good the site for whose dealings an attempt failed, if any; returns it with the reason."""
     if not isinstance(error, DealtWrong) or not error.site:
         return {}
     blamed = {error.site: f"{error.code}: what it dealt spoilt an attempt"}
-    culprits.update(blamed)
+    run.culprits.update(blamed)
+    run.opened.save_culprits(run.culprits)
     return blamed
 
 
@@ -274,13 +272,14 @@ def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
     ready = [site for site in present if site in run.histories]
     honest = [site for site in ready if site not in run.culprits]
     ready = honest if len(honest) >= study.cohort.min_sites else ready
-    if attempt == 1 and study.masked and study.cohort.max_attempts > 1:
+    if attempt == 1 and study.masked:
         prepared = MaskingBook(run.opened.directory, study).prepared(round)
         dealt = set(prepared or ready)
-        if set(ready) - dealt or run.culprits.keys() & dealt - set(ready):
+        changed = set(ready) - dealt or run.culprits.keys() & dealt - set(ready)
+        if changed and study.cohort.max_attempts > 1:
             attempt = 2  # somebody is back, or has to be gone: keys for everyone, in exchanges of their own
-        else:
-            ready = sorted(dealt)  # one that has dealt and is away belongs to the round: its masks are undone
+        else:  # one that has dealt and is away belongs to the round: its masks are undone
+            ready = sorted(dealt | set(ready))
     pending = plan_attempt(
         study, round=round, attempt=attempt, cohort=ready, histories=run.histories, sizes=run.log.sizes,
         now_unix_s=run.clock(),
@@ -293,7 +292,8 @@ def _meet(run: Run) -> None:
     """Wait for the sites, let each load what it needs, and learn how far each one's history goes."""
     study = run.study
     present = run.cohort.present(wait_s=study.cohort.deadline_s, at_least=len(study.cohort.site))
-    missing = _greet(run, present, until_unix_s=run.clock() + study.cohort.deadline_s)
+    until_unix_s = run.clock() + study.cohort.deadline_s
+    missing = _greet(run, present, until_unix_s=until_unix_s, grace_s=study.cohort.grace)
     if len(run.histories) < study.cohort.min_sites:
         reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
         raise RoundFailed(
@@ -302,7 +302,9 @@ def _meet(run: Run) -> None:
         )
 
 
-def _greet(run: Run, sites: Iterable[str], *, until_unix_s: float, train: bool = True) -> dict[str, str]:
+def _greet(
+    run: Run, sites: Iterable[str], *, until_unix_s: float, grace_s: float = 0.0, train: bool = True
+) -> dict[str, str]:
     """Say hello and note what each ready site has seen and approved; returns who is not ready, and why.
 
     train: whether a site loads model and data, and commits its budget, before it calls itself ready.
@@ -321,7 +323,7 @@ def _greet(run: Run, sites: Iterable[str], *, until_unix_s: float, train: bool =
     requests = {site: hello_request(run.key, run.study, site, train=train) for site in sites}
     if not requests:
         return {}
-    outcome = run.cohort.exchange(requests, accept=accept, until_unix_s=until_unix_s)
+    outcome = run.cohort.exchange(requests, accept=accept, until_unix_s=until_unix_s, grace_s=grace_s)
     for site, reason in sorted(outcome.missing.items()):
         run.opened.log("site-not-ready", site=site, reason=reason)
         log.warning("site %s is not ready: %s", site, reason)
@@ -352,7 +354,7 @@ def _evaluate(run: Run, state: StudyState) -> None:
                 )  # fmt: skip
                 break
             except FedRadError as error:
-                _blame(run.culprits, error)
+                _blame(run, error)
                 run.opened.log("evaluation-failed", attempt=pending.attempt, reason=f"{error.code}: {error}")
             pending = _new_attempt(run, round=round, attempt=pending.attempt + 1)
     except RoundFailed as error:
@@ -507,6 +509,7 @@ def _log_round(
     run.opened.log(
         "round", round=pending.round, attempt=pending.attempt, cohort=list(pending.cohort),
         missing=missing, seconds=round(seconds, 4), step_norm=step_norm,
+        late={site: round(late_s, 1) for site, late_s in sorted(run.cohort.take_late().items())},
         stage_seconds={stage: round(spent, 4) for stage, spent in run.cohort.take_seconds().items()},
     )  # fmt: skip
     if verdict is not None:

@@ -5,6 +5,7 @@
     rounds/000012/                     state after round 12: adapter, optimizer, state.json
     records.jsonl                      every signed round record, in order
     pending.json                       the requests of the attempt in progress
+    culprits.json                      sites whose dealings spoilt an attempt, with the reason
     log.jsonl                          what happened, for people and tests
 
 Guarantees: a round directory appears whole (staged, fsynced, renamed); a torn last line of a log is cut off
@@ -203,6 +204,15 @@ class StudyDirectory:
 
     def clear_pending(self) -> None:
         (self.directory / "pending.json").unlink(missing_ok=True)
+
+    def culprits(self) -> dict[str, str]:
+        """Read which sites spoilt an attempt, with the reason."""
+        path = self.directory / "culprits.json"
+        found: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+        return found
+
+    def save_culprits(self, culprits: dict[str, str]) -> None:
+        write_atomic(self.directory / "culprits.json", canonical_json(culprits))
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one event for people, tests and the report; never data of a site."""

@@ -5,8 +5,9 @@ says of itself is a hint. A site that does not answer, fails or refuses is named
 dropped in silence. One reply at a time is taken into memory, and one that only trickles in keeps neither the
 others nor the deadline waiting. A reply that Flower lost is asked for again: the agent answers with the same
 bytes, of which only those parts travel again that the SuperLink does not hold. An agent that is gone though
-it answered before (it is being started again, mostly) is asked again for a minute. It does not decide what an
-exchange means for the round.
+it answered before (it is being started again, mostly) is asked again for a minute. Past the deadline, where a
+grace is given, it waits for sites that are still at work: the node is connected and has answered nothing that
+it was asked since. It does not decide what an exchange means for the round.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import DEFAULT_TTL, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
@@ -31,6 +32,7 @@ from server.pulls import PATIENCE_S, Pulls
 _FIRST_POLL_S = 0.002
 _LAST_POLL_S = 0.25
 _POLL_S_PER_MESSAGE = 0.05
+_AT_WORK_EVERY_S = 5.0
 _ASKED_AGAIN = 2
 _AWAY_PAUSES_S = (2.0, 4.0, 8.0, 16.0, 30.0)
 _LOST = {
@@ -97,6 +99,7 @@ class Cohort:
         self._lively: set[str] = set()
         self.traffic = Traffic()
         self._seconds: dict[str, float] = {}
+        self._late: dict[str, float] = {}
 
     def present(self, *, wait_s: float, at_least: int) -> tuple[str, ...]:
         """Find which sites are connected, waiting up to `wait_s` for `at_least` of them."""
@@ -107,14 +110,19 @@ class Cohort:
                 return tuple(sorted(self._nodes))
             self._sleep(_LAST_POLL_S)
 
-    def exchange(self, requests: Mapping[str, Envelope], *, accept: Accept, until_unix_s: float) -> Outcome:
+    def exchange(
+        self, requests: Mapping[str, Envelope], *, accept: Accept, until_unix_s: float, grace_s: float = 0.0
+    ) -> Outcome:
         """Send each site its signed request and hand each verified reply to `accept`, one at a time.
 
+        grace_s: how much longer than until `until_unix_s` to wait for sites that are still at work then.
         A FedRadError of `accept` makes that site a missing one. Replies are not kept.
         """
         started = self._clock()
         missing = {site: "not connected" for site in requests if site not in self._nodes}
-        asked = _Asked(requests, until_unix_s, late_unix_s=(self._clock() + until_unix_s) / 2)
+        asked = _Asked(
+            requests, until_unix_s, until_unix_s + grace_s, question_unix_s=(started + until_unix_s) / 2
+        )
         self._ask(asked, [site for site in sorted(requests) if site in self._nodes])
         answered = []
         for site, reply in self._replies(asked):
@@ -131,6 +139,8 @@ class Cohort:
                 del envelope
                 answered.append(site)
                 self._lively.add(site)
+                if (late_s := self._clock() - until_unix_s) > 0:
+                    self._late[site] = max(late_s, self._late.get(site, 0.0))
             except FedRadError as error:
                 missing[site] = f"{error.code}: {error}"
                 if isinstance(error, NodeFailed | _OF_ANOTHER):
@@ -138,8 +148,9 @@ class Cohort:
                     if node is not None and not isinstance(error, NodeFailed):
                         self._impostors.add((site, node))  # another node may be the real one
             asked.settle(site)
+        missing.update(asked.given_up)
         for site in asked.unanswered:
-            missing[site] = "no answer before the deadline"
+            missing[site] = "no answer within the grace" if grace_s else "no answer before the deadline"
         stages = [_stage(request) for request in requests.values()]
         if stages:
             stage = max(sorted(set(stages)), key=stages.count)
@@ -150,6 +161,11 @@ class Cohort:
         """Return the seconds spent in exchanges since last asked, by the stage that most sites were asked."""
         seconds, self._seconds = self._seconds, {}
         return seconds
+
+    def take_late(self) -> dict[str, float]:
+        """Return the sites that answered within a grace since last asked, with seconds past the deadline."""
+        late, self._late = self._late, {}
+        return late
 
     def _verify(self, site: str, request_sha256: str, envelope: Envelope) -> SignedMessage:
         message = open_message(
@@ -190,7 +206,8 @@ class Cohort:
             if len(request) > PART_BYTES:
                 parts = body_parts(request.body, like=parts)
             records = split_envelope(stage, request, parts)
-            messages.append(_message(self._nodes[site], records))
+            lasts_s = asked.end_unix_s - self._clock() + 600.0
+            messages.append(_message(self._nodes[site], records, ttl_s=max(DEFAULT_TTL, lasts_s)))
             self.traffic.count(stage, "down", len(request))
         ids = self._grid.push_messages(messages) if messages else []
         asked.waiting |= dict(zip(ids, sites, strict=True))
@@ -199,7 +216,7 @@ class Cohort:
         """Push a request again whose reply was lost; false where nobody is there, or it was done enough."""
         if code is not None and code not in _LOST:
             return False
-        if asked.again[site] >= _ASKED_AGAIN or self._clock() >= asked.until_unix_s:
+        if asked.again[site] >= _ASKED_AGAIN or self._clock() >= asked.end_unix_s:
             return False
         self._find_nodes()
         if site not in self._nodes:
@@ -213,7 +230,7 @@ class Cohort:
         if "AgentUnavailable" not in reason or site not in self._lively:
             return False
         pauses = _AWAY_PAUSES_S[asked.put_off[site] :]
-        if not pauses or self._clock() + pauses[0] >= asked.until_unix_s:
+        if not pauses or self._clock() + pauses[0] >= asked.end_unix_s:
             self._lively.discard(site)
             return False
         asked.put_off[site] += 1
@@ -234,7 +251,7 @@ class Cohort:
         while True:
             for message_id, reply in self._arriving(
                 lambda: {**asked.waiting, **asked.questions},
-                until_unix_s=asked.until_unix_s,
+                until_unix_s=asked.end_unix_s,
                 after_each_look=lambda: self._look_after(asked),
             ):
                 if message_id in asked.waiting:
@@ -242,10 +259,11 @@ class Cohort:
                 elif message_id in asked.questions and not reply.has_error():
                     asked.heard.add(asked.questions[message_id])
                 asked.questions.pop(message_id, None)
-            if not asked.later or self._clock() >= asked.until_unix_s:
+            if not asked.later or self._clock() >= asked.end_unix_s:
                 return
             self._sleep(_LAST_POLL_S)
             self._ask_the_put_off(asked)
+            self._give_up_the_idle(asked)
 
     def _look_after(self, asked: _Asked) -> None:
         """Question the nodes of late replies, and ask those again who answer that and nothing else.
@@ -255,15 +273,29 @@ class Cohort:
         """
         self._ask_the_put_off(asked)
         for site in sorted(asked.lost & set(asked.waiting.values())):
-            self._ask_again(asked, site)
+            if not self._ask_again(asked, site):
+                asked.idle.add(site)
         asked.lost, asked.heard = asked.heard, set()
-        slow, late = self._pulls.slow, self._clock() >= asked.late_unix_s
+        self._give_up_the_idle(asked)
+        slow, late = self._pulls.slow, self._clock() >= asked.question_unix_s
         for message_id, site in sorted(asked.waiting.items()):
             due = (late or message_id in slow) and message_id not in asked.questioned
             if due and site in self._nodes:
                 asked.questioned.add(message_id)
                 [question] = self._grid.push_messages([_message(self._nodes[site], _WHOAMI)])
                 asked.questions[question] = site
+
+    def _give_up_the_idle(self, asked: _Asked) -> None:
+        """Past the deadline, wait no longer for sites that are gone or have nothing left to send."""
+        now = self._clock()
+        if not asked.until_unix_s <= now < asked.end_unix_s or now < asked.idle_unix_s:
+            return
+        asked.idle_unix_s = now + _AT_WORK_EVERY_S
+        connected = set(self._grid.get_node_ids())
+        for site in asked.unanswered:
+            if site in asked.idle or self._nodes.get(site) not in connected:
+                asked.settle(site)
+                asked.given_up[site] = "no answer before the deadline"
 
     def _arriving(
         self,
@@ -293,17 +325,23 @@ class _Asked:
     """An exchange under way: message ids to sites, and who was asked again.
 
     `questioned` holds requests whose node was asked for a sign of life, `heard` sites that gave one since the
-    last look, `lost` those that gave one before it; `later` says when to ask a site whose agent was away.
+    last look, `lost` those that gave one before it, `idle` those lost for good; `later` says when to ask a
+    site whose agent was away. `until_unix_s` is the deadline and `end_unix_s` the grace's end; from
+    `question_unix_s` on nodes are questioned, and `idle_unix_s` is when to look for idle ones next.
     """
 
     requests: Mapping[str, Envelope]
     until_unix_s: float
-    late_unix_s: float
+    end_unix_s: float
+    question_unix_s: float
+    idle_unix_s: float = 0.0
     waiting: dict[str, str] = field(default_factory=dict)
     questions: dict[str, str] = field(default_factory=dict)
     questioned: set[str] = field(default_factory=set)
     heard: set[str] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
+    idle: set[str] = field(default_factory=set)
+    given_up: dict[str, str] = field(default_factory=dict)
     again: Counter[str] = field(default_factory=Counter)
     put_off: Counter[str] = field(default_factory=Counter)
     later: dict[str, float] = field(default_factory=dict)
@@ -328,9 +366,11 @@ class SiteRefused(FedRadError):
     """A site's agent refused a request and signed the reason."""
 
 
-def _message(node: int, records: Mapping[str, dict[str, str | bytes]]) -> Message:
+def _message(
+    node: int, records: Mapping[str, dict[str, str | bytes]], *, ttl_s: float = DEFAULT_TTL
+) -> Message:
     content = RecordDict({name: ConfigRecord(dict(record)) for name, record in records.items()})
-    return Message(content, dst_node_id=node, message_type="query.relay")
+    return Message(content, dst_node_id=node, message_type="query.relay", ttl=ttl_s)
 
 
 def _claimed_site(reply: Message) -> str:

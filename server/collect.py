@@ -43,7 +43,7 @@ from common.secagg.messages import (
 from common.secagg.study_terms import round_terms
 from server.aggregation import Collected, Floats, Units, parse_floats, parse_units
 from server.checkpoint import Pending, StudyDirectory, StudyState
-from server.cohort import Cohort
+from server.cohort import Accept, Cohort, Outcome
 from server.round import (
     Contribution,
     contribute_body,
@@ -97,7 +97,10 @@ class Attempt:
         else:
             ledger = (self.pending.witnessed.encode(),)
         shown = pack_shown(self.unseen(site), *ledger)
-        body = contribute_body(self.state, self.pending, cohort=cohort, opening=opening, shown=shown)
+        body = contribute_body(
+            self.state, self.pending, cohort=cohort, opening=opening, shown=shown,
+            grace_s=self.study.cohort.grace,
+        )  # fmt: skip
         return self.request(Stage.CONTRIBUTE, site, body)
 
     def unseen(self, site: str) -> list[SignedRecord]:
@@ -116,9 +119,20 @@ class Attempt:
         self.statements[site] = contribution.statement
         return contribution
 
-    def until(self) -> float:
-        """When to stop waiting: the attempt's deadline, or as long again where it was taken up after it."""
-        return max(self.pending.deadline_unix_s, self.clock() + min(60.0, self.study.cohort.deadline_s))
+    def ask(
+        self, requests: Mapping[str, Envelope], *, accept: Accept, grace_s: float | None = None
+    ) -> Outcome:
+        """Exchange until the attempt's deadline, or a while longer where it was taken up after it.
+
+        Sites still at work then get the manifest's grace, or `grace_s`.
+        """
+        cohort = self.study.cohort
+        return self.cohort.exchange(
+            requests,
+            accept=accept,
+            until_unix_s=max(self.pending.deadline_unix_s, self.clock() + min(60.0, cohort.deadline_s)),
+            grace_s=cohort.grace if grace_s is None else grace_s,
+        )
 
 
 def collect_direct(attempt: Attempt) -> Collected:
@@ -142,7 +156,7 @@ def collect_direct(attempt: Attempt) -> Collected:
     requests = {
         site: attempt.contribute(site, cohort=attempt.pending.cohort) for site in attempt.pending.cohort
     }
-    outcome = attempt.cohort.exchange(requests, accept=accept, until_unix_s=attempt.until())
+    outcome = attempt.ask(requests, accept=accept)
     if not consortium:
         return Collected(digests, outcome.missing, floats=floats)
     aggregate = retained.close(units, digests)
@@ -314,7 +328,7 @@ def _take_keys(attempt: Attempt, book: MaskingBook, machine: ServerRound, missin
         machine.accept_keys(parse_keys(bytes(keys)))
 
     requests = {site: attempt.request(Stage.KEYS, site, pack_body({})) for site in attempt.pending.cohort}
-    outcome = attempt.cohort.exchange(requests, accept=accept_keys, until_unix_s=attempt.until())
+    outcome = attempt.ask(requests, accept=accept_keys)
     missing.update(outcome.missing)
     machine.close_keys()
     book.write(machine)
@@ -330,7 +344,7 @@ def _take_shares(attempt: Attempt, machine: ServerRound, missing: dict[str, str]
 
     body = pack_body({}, format_key_set(key_set))
     requests = {site: attempt.request(Stage.SHARES, site, body) for site in key_set.sites}
-    outcome = attempt.cohort.exchange(requests, accept=accept_shares, until_unix_s=attempt.until())
+    outcome = attempt.ask(requests, accept=accept_shares)
     missing.update(outcome.missing)
 
 
@@ -372,7 +386,7 @@ def _take_uploads(
             requests[site] = attempt.request(
                 Stage.KEYS, site, pack_body({}), round=attempt.pending.round + 1, attempt=1
             )
-    outcome = attempt.cohort.exchange(requests, accept=accept, until_unix_s=attempt.until())
+    outcome = attempt.ask(requests, accept=accept)
     missing.update(outcome.missing)
 
 
@@ -411,7 +425,7 @@ def _take_reveals(
             requests[site] = attempt.request(
                 Stage.SHARES, site, body, round=attempt.pending.round + 1, attempt=1
             )
-    outcome = attempt.cohort.exchange(requests, accept=accept, until_unix_s=attempt.until())
+    outcome = attempt.ask(requests, accept=accept, grace_s=0.0)  # a threshold is enough
     missing.update(
         {site: f"no reveal: {why}" for site, why in outcome.missing.items() if site in machine.added}
     )

@@ -82,6 +82,7 @@ def study_metrics(views: Iterable[tuple[StudyView, list[dict[str, Any]]]]) -> It
     )
     site_limit = gauge("fedrad_site_epsilon_limit", "Site epsilon that the manifest allows.", by_study)
     missing = gauge("fedrad_site_missing", "1 while a site is not in the newest attempt's sum.", by_site)
+    late = gauge("fedrad_site_late_seconds", "Seconds past the deadline in the newest round.", by_site)
     site_rounds = counter("fedrad_site_rounds", "Rounds that a site contributed to.", by_site)
     absences = counter(
         "fedrad_site_absences", "Attempts that a site was not in, by reason.", ["study", "site", "reason"]
@@ -115,6 +116,7 @@ def study_metrics(views: Iterable[tuple[StudyView, list[dict[str, Any]]]]) -> It
                 family.add_metric([study], value)
         for site in view.sites:
             missing.add_metric([study, site.site], float(not site.serves))
+            late.add_metric([study, site.site], site.late_s)
             site_rounds.add_metric([study, site.site], site.rounds_served)
             if site.epsilon is not None:
                 site_bound.add_metric([study, site.site], site.epsilon)
@@ -125,7 +127,7 @@ def study_metrics(views: Iterable[tuple[StudyView, list[dict[str, Any]]]]) -> It
                 stage, _, direction = name.rpartition("-")
                 family.add_metric([study, stage, direction], count)
     yield from (state, planned, floor, rounds, failed, seconds, stages, last, release, release_limit)
-    yield from (site_bound, site_limit, missing, site_rounds, absences, sent, messages)
+    yield from (site_bound, site_limit, missing, late, site_rounds, absences, sent, messages)
 
 
 def stage_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -212,7 +212,7 @@ def draw(views: list[StudyView], *, now_s: float) -> RenderableType:
 def _heading(view: StudyView, *, now_s: float) -> RenderableType:
     from rich.text import Text
 
-    from server.operator_page.page import ago, in_seconds
+    from server.operator_page.page import ago, in_seconds, time_left
 
     colour = {"running": "green", "finished": "green", "stopped": "yellow"}.get(view.state, "default")
     width = 30
@@ -230,15 +230,16 @@ def _heading(view: StudyView, *, now_s: float) -> RenderableType:
         text.append(f"   {in_seconds(sum(timed) / len(timed))} a round", style="dim")
         text.append(f", last {ago(view.rounds[-1].time_unix_s, now_s)}", style="dim")
     if view.attempt is not None and view.state != "finished":
-        left = view.attempt.deadline_unix_s - now_s
-        passed = "deadline passed" if left < 0 else f"{in_seconds(left)} to the deadline"
-        text.append(f"\nround {view.attempt.round + 1} attempt {view.attempt.attempt} is open: {passed}")
+        text.append(f"\nround {view.attempt.round + 1} attempt {view.attempt.attempt} is open: ")
+        text.append(time_left(view.attempt.deadline_unix_s, grace_s=view.grace_s, now_s=now_s))
     return text
 
 
 def _sites(view: StudyView) -> RenderableType:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+
+    from server.operator_page.page import in_seconds
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="dim", expand=False)
     for name in ("site", "now", "rounds", "last"):
@@ -259,8 +260,9 @@ def _sites(view: StudyView) -> RenderableType:
         if view.site_epsilon_limit is not None:
             bound = "" if site.epsilon_signed else "≤ "
             row.append(f"{bound}{site.epsilon:.2f} of {view.site_epsilon_limit:g}")
-        past = ", ".join(f"{reason} × {count}" for reason, count in site.absences.items())
-        row.append(f"{site.reason}: {site.advice}" if site.reason else f"[dim]{past}[/]")
+        past = [f"{reason} × {count}" for reason, count in site.absences.items()]
+        past += [f"answered {in_seconds(site.late_s)} past the deadline"] if site.late_s else []
+        row.append(f"{site.reason}: {site.advice}" if site.reason else f"[dim]{', '.join(past)}[/]")
         table.add_row(*row)
     return table
 

@@ -80,12 +80,13 @@ def contribute_body(
     cohort: Sequence[str],
     opening: bytes,
     shown: bytes,
+    grace_s: float,
 ) -> bytes:
-    """Make the body of a contribute request: global adapter, cohort, deadline, and what `shown` packs."""
+    """Make the body of a contribute request: global adapter, cohort, the grace's end, what `shown` packs."""
     meta = {
         "adapter_sha256": vector_sha256(state.adapter),
         "cohort": list(cohort),
-        "deadline_unix_s": pending.deadline_unix_s,
+        "deadline_unix_s": pending.deadline_unix_s + grace_s,
     }
     return pack_body(meta, opening, shown, vector_to_bytes(state.adapter))
 

@@ -34,12 +34,14 @@ _CODE = re.compile(r"[A-Z][A-Za-z]{2,50}")
 _PLAIN_REASONS = {
     "not connected": "not-connected",
     "no answer before the deadline": "no-answer",
+    "no answer within the grace": "too-slow",
     "no keys for this round: it joins the next": "no-keys",
 }
 _CARRIERS = ("SiteRefused", "AgentRefused", "NodeFailed")  # what brought a reason, told where nothing else is
 _ADVICE = {
     "not-connected": "Ask the site for `fedrad-site status`: its node has no connection to this server.",
-    "no-answer": "The site got the request and was too slow for cohort.deadline_s, or has gone since.",
+    "no-answer": "The site got the request and has gone since; where it is back, nothing to do.",
+    "too-slow": "It was still at work when cohort.grace_s was over: give the next study a longer one.",
     "no-keys": "It was away when keys were exchanged, and joins the next round that it is back for.",
     "NodeFailed": "The site's node or agent ended during the round; where it stays away, ask the site.",
     "BudgetExceeded": "The site's own privacy limit is reached; only the site can raise it.",
@@ -88,7 +90,10 @@ class FailedAttempt:
 
 @dataclass(frozen=True)
 class SiteView:
-    """One site: `reason` and `advice` are empty while it serves; `epsilon_signed`: the site signed it."""
+    """One site: `reason` and `advice` are empty while it serves; `epsilon_signed`: the site signed it.
+
+    `late_s`: how far past the deadline its answer came in the newest round, 0 where it was in time.
+    """
 
     site: str
     serves: bool
@@ -99,6 +104,7 @@ class SiteView:
     advice: str
     epsilon: float | None
     epsilon_signed: bool
+    late_s: float
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,7 @@ class StudyView:
     rounds: tuple[RoundView, ...]
     failed: tuple[FailedAttempt, ...]
     attempt: Pending | None
+    grace_s: float
     delta: float | None
     release_epsilon: float | None
     release_epsilon_limit: float | None
@@ -255,6 +262,7 @@ def view_of(
         rounds=rounds,
         failed=failed,
         attempt=pending,
+        grace_s=study.cohort.grace,
         delta=plan.delta if plan else None,
         release_epsilon=curve[-1].epsilon if curve else (0.0 if consortium else None),
         release_epsilon_limit=study.privacy.release_epsilon if consortium else None,
@@ -329,7 +337,13 @@ def _site(
         advice=advice(reason) if reason else "",
         epsilon=None if plan is None else stated.sites.get(site) or _site_bound(plan, charges),
         epsilon_signed=plan is not None and site in stated.sites,
+        late_s=_late(site, events),
     )
+
+
+def _late(site: str, events: Iterable[dict[str, Any]]) -> float:
+    newest = [event.get("late", {}) for event in events if event.get("event") == "round"][-1:]
+    return float(newest[0].get(site, 0.0)) if newest else 0.0
 
 
 def _present_reason(reasons: Sequence[str], *, first: str) -> str:

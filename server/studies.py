@@ -58,6 +58,7 @@ max_step_norm = {max_step_norm:g}               # no round moves the adapter fur
 min_sites = {min_sites}                    # below this many contributions a round fails
 witness_quorum = {min_sites}               # so many sites must cosign the ledger before a round is unmasked
 deadline_s = 600                 # of one attempt at a round
+# grace_s = 600                  # more for sites still at work then; left out: as long again
 max_attempts = 3                 # of each round
 on_failed_round = "repeat"       # or "end"
 {sites}

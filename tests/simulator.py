@@ -83,7 +83,7 @@ deadline_s = 600
 max_attempts = {max_attempts}
 witness_quorum = {min_sites}
 on_failed_round = "{on_failed_round}"
-{sites}
+{grace}{sites}
 [audit]
 retain_every_rounds = 2
 """
@@ -132,13 +132,15 @@ class SimulatedGrid:
     def __init__(self, world: Consortium) -> None:
         self._world = world
         self._replies: dict[str, Message] = {}
+        self._ready_unix_s: dict[str, float] = {}
+        self._busy_unix_s: dict[str, float] = {}
         self._next = 0
         self._looked = False
         self.nodes = {number: site for number, site in enumerate(sorted(world.study.site_ids), start=101)}
 
     def get_node_ids(self) -> list[int]:
         if self._world.away or self._looked:  # whoever looks twice without asking anybody is waiting
-            self._world.clock.now += WAIT_S
+            self._world.clock.now += self._world.wait_s
         self._looked = True
         return [node for node, site in self.nodes.items() if site not in self._world.away]
 
@@ -150,15 +152,26 @@ class SimulatedGrid:
             self._next += 1
             message_id = f"m{self._next}"
             message.metadata.__dict__["_message_id"] = message_id
+            self._ready_unix_s[message_id] = self._ready(message)
             self._replies |= self._serve(message_id, message)
             ids.append(message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        ready = [self._replies.pop(name) for name in sorted(message_ids) if name in self._replies]
-        if not ready:
-            self._world.clock.now += WAIT_S
-        return ready
+        now = self._world.clock.now
+        come = [n for n in sorted(message_ids) if n in self._replies and self._ready_unix_s[n] <= now]
+        if not come:
+            self._world.clock.now += self._world.wait_s
+        return [self._replies.pop(name) for name in come]
+
+    def _ready(self, message: Message) -> float:
+        """When the node will have answered: one message after another, each as long as `takes_s` says."""
+        site, content = self.nodes[message.metadata.dst_node_id], message.content
+        record: Any = content[RECORD]
+        now = self._world.clock.now
+        takes_s = self._world.takes_s.get((site, str(record["stage"])), 0.0)
+        self._busy_unix_s[site] = max(now, self._busy_unix_s.get(site, now)) + takes_s
+        return self._busy_unix_s[site]
 
     def _serve(self, message_id: str, message: Message) -> dict[str, Message]:
         site = self.nodes[message.metadata.dst_node_id]
@@ -186,7 +199,8 @@ class SimulatedGrid:
 class Consortium:
     """A signed study with its server directory and site homes below `out`, and agents in this process.
 
-    `sent` lists (site, stage, round, attempt) of every request that reached a site's machine.
+    `sent` lists (site, stage, round, attempt) of every request that reached a site's machine; `takes_s` says
+    how long a site is busy with a stage, and `wait_s` how long who waits in vain waits at a time.
     """
 
     out: Path
@@ -198,6 +212,8 @@ class Consortium:
     away: set[str] = field(default_factory=set)
     sent: list[tuple[str, Stage, int, int]] = field(default_factory=list)
     judge: Judge | None = None
+    wait_s: float = WAIT_S
+    takes_s: dict[tuple[str, str], float] = field(default_factory=dict)
     _agents: dict[str, SiteAgent] = field(default_factory=dict)
 
     @property
@@ -268,6 +284,7 @@ def build(
     seed: int | None = 5,
     acceptance: str = "",
     evaluation: str = "",
+    grace_s: int | None = None,
 ) -> Consortium:
     """Copy a small signed consortium into `directory`; equal settings give the same study and keys."""
     template = _template(
@@ -275,6 +292,7 @@ def build(
             mode=mode, masking=masking, rounds=rounds, sites=sites, min_sites=min_sites, seed=seed,
             max_attempts=max_attempts, on_failed_round=on_failed_round, spare_rounds=spare_rounds,
             strategy=strategy, local_steps=local_steps, acceptance=acceptance, evaluation=evaluation,
+            grace_s=grace_s,
         )
     )  # fmt: skip
     out = directory / "consortium"
@@ -369,12 +387,14 @@ def study_text(
     seed: int | None = 5,
     acceptance: str = "",
     evaluation: str = "",
+    grace_s: int | None = None,
 ) -> str:
     """Write the manifest of a small study."""
     privacy = _PRIVACY[mode].format(spare_rounds=spare_rounds, masking=str(masking).lower())
     text = _STUDY.format(
         strategy=strategy, rounds=rounds, privacy=privacy, min_sites=min_sites, max_attempts=max_attempts,
         on_failed_round=on_failed_round, local_steps=local_steps,
+        grace="" if grace_s is None else f"grace_s = {grace_s}\n",
         sites="".join(f'[[cohort.site]]\nid = "{site}"\n' for site in sites),
     )  # fmt: skip
     text += f"[acceptance]\n{acceptance}\n" if acceptance else ""

@@ -132,7 +132,9 @@ def render(name: str, **values: Any) -> str:
         loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"ago": ago, "bytes": in_bytes, "seconds": in_seconds, "svg": Markup}
+    environment.filters |= {
+        "ago": ago, "bytes": in_bytes, "seconds": in_seconds, "svg": Markup, "time_left": time_left,
+    }  # fmt: skip
     return environment.get_template(name).render(**values)
 
 
@@ -163,6 +165,16 @@ def in_seconds(value: float) -> str:
         return f"{value:.1f} s"
     minutes = value / 60
     return f"{minutes:.1f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def time_left(deadline_unix_s: float, *, grace_s: float, now_s: float) -> str:
+    """Say how long an attempt waits on: to its deadline, then for sites that are still at work."""
+    left_s = deadline_unix_s - now_s
+    if left_s >= 0:
+        return f"{in_seconds(left_s)} to the deadline"
+    if left_s + grace_s > 0:
+        return f"past the deadline; up to {in_seconds(left_s + grace_s)} more for sites still at work"
+    return "deadline passed"
 
 
 def _views(directory: Path) -> tuple[list[StudyView], list[str]]:

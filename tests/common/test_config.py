@@ -64,6 +64,16 @@ def test_the_template_is_a_valid_manifest(mode: str) -> None:
     assert study.privacy.mode is Mode(mode) and study.site_ids == ("a", "b", "c", "d")
 
 
+def test_a_grace_left_out_is_as_long_as_the_deadline_and_leaves_the_hash_as_it_was() -> None:
+    study = parse_study_toml(PLAIN)
+    assert study.cohort.grace == study.cohort.deadline_s and b"grace" not in format_study(study)
+    none = parse_study_toml(changed("deadline_s = 600", "deadline_s = 600\ngrace_s = 0"))
+    assert none.cohort.grace == 0.0 and parse_study(format_study(none)) == none
+    assert "cohort.grace_s: expected a value in [0, 604800]" in refused(
+        changed("deadline_s = 600", "deadline_s = 600\ngrace_s = -1")
+    )
+
+
 def test_an_unknown_key_is_refused_with_line_and_suggestion() -> None:
     text = changed("rank = 2", "rnak = 2")
     message = refused(text)

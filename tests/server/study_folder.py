@@ -45,7 +45,7 @@ def log(directory: Path, event: str, **fields: Any) -> None:
 
 def serve_round(
     directory: Path, study: Study, round: int, *, missing: dict[str, str] | None = None, seconds: float = 4.0,
-    attempt: int = 1,
+    attempt: int = 1, late: dict[str, float] | None = None,
 ) -> RoundRecord:  # fmt: skip
     """Append a served round to records and log."""
     from common.identity import load_key
@@ -66,7 +66,7 @@ def serve_round(
         file.write(canonical_json(signed_to_json(sign_record(key, record))) + b"\n")
     log(
         directory, "round", round=round, attempt=attempt, cohort=list(record.cohort), missing=missing,
-        seconds=seconds, step_norm=0.1,
+        seconds=seconds, step_norm=0.1, late=late or {},
     )  # fmt: skip
     return record
 

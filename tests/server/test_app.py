@@ -122,6 +122,7 @@ def test_a_finished_study_run_again_changes_nothing(make: Make) -> None:
 
 def test_a_site_that_never_answers_is_named_and_the_round_goes_on(make: Make) -> None:
     world = make(mode="plain", rounds=2)
+    world.wait_s = 60.0
     silence(world, "beta", Stage.CONTRIBUTE, 0)
     world.run()
     first, second = (signed.record for signed in read_records(world.server))
@@ -133,6 +134,7 @@ def test_a_site_that_never_answers_is_named_and_the_round_goes_on(make: Make) ->
 
 def test_a_site_that_misses_a_masked_round_is_named_and_joins_the_next(make: Make) -> None:
     world = make(mode="consortium", rounds=3)
+    world.wait_s = 60.0
     silence(world, "beta", Stage.CONTRIBUTE, 0)
     world.run()
     records = [signed.record for signed in read_records(world.server)]
@@ -148,6 +150,68 @@ def test_with_one_attempt_only_a_site_that_missed_a_round_waits_for_prepared_key
     records = [signed.record for signed in read_records(world.server)]
     assert ["beta" in record.contributors for record in records] == [False, False, True]
     assert records[1].missing == {"beta": "no keys for this round"}
+
+
+@pytest.mark.parametrize("mode", ["plain", "consortium"])
+def test_the_slow_site_gets_the_grace_and_is_in_the_sum(make: Make, mode: str) -> None:
+    undisturbed = make(mode=mode, rounds=2).run()
+    world = make(mode=mode, rounds=2)
+    world.wait_s, world.takes_s = 60.0, {("delta", "contribute"): 900.0}
+    state = world.run()
+    assert vector_sha256(state.adapter) == vector_sha256(undisturbed.adapter)
+    for signed, line in zip(read_records(world.server), log(world, "round"), strict=True):
+        assert signed.record.contributors == tuple(sorted(SITES)) and signed.record.attempt == 1
+        assert list(line["late"]) == ["delta"] and 290 < line["late"]["delta"] < 420
+
+
+def test_a_site_slower_than_the_grace_is_named_and_comes_back(make: Make) -> None:
+    world = make(mode="plain", rounds=3, grace_s=100)
+    world.wait_s, world.takes_s = 40.0, {("delta", "contribute"): 720.0}
+
+    def after(of: str, header: Header, reply: bytes) -> bytes:
+        if header.round == 1 and of == "alpha":
+            world.takes_s = {}
+        return reply
+
+    world.after = after
+    world.run()
+    records = [signed.record for signed in read_records(world.server)]
+    assert records[0].missing == {"delta": "no answer within the grace"}
+    assert "delta" in records[-1].contributors
+
+
+def test_a_site_that_is_slow_to_get_ready_is_waited_for(make: Make) -> None:
+    world = make(mode="consortium", rounds=1)
+    world.wait_s, world.takes_s = 60.0, {("delta", "hello"): 900.0}
+    world.run()
+    [signed] = read_records(world.server)
+    assert signed.record.contributors == tuple(sorted(SITES)) and signed.record.attempt == 1
+
+
+def test_without_a_grace_the_deadline_ends_the_waiting(make: Make) -> None:
+    world = make(mode="plain", rounds=1, grace_s=0)
+    world.wait_s, world.takes_s = 40.0, {("delta", "contribute"): 700.0}
+    world.run()
+    assert read_records(world.server)[0].record.missing == {"delta": "no answer before the deadline"}
+
+
+def test_with_one_attempt_only_a_site_that_dealt_and_is_not_ready_belongs_to_the_cohort(make: Make) -> None:
+    world = make(mode="consortium", rounds=2, max_attempts=1)
+
+    def stop(site: str, header: Header, request: bytes) -> bytes:
+        if header.round == 1 and header.stage is Stage.CONTRIBUTE:
+            raise KeyboardInterrupt
+        return request
+
+    world.before = stop
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    (world.server / "pending.json").unlink()  # killed just before the attempt was fixed
+    silence(world, "beta", Stage.HELLO, 0)
+    world.run()
+    last = read_records(world.server)[-1].record
+    assert last.cohort == tuple(sorted(SITES)) and last.attempt == 1
+    assert last.missing["beta"] == "SiteRefused"  # its log was not where an unready site can be asked
 
 
 def test_a_site_whose_answer_was_lost_is_asked_where_its_log_stands_and_the_round_is_served(

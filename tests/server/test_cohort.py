@@ -39,10 +39,12 @@ def greet(
     among: Cohort,
     accept: Callable[[str, SignedMessage], None] = lambda site, reply: None,
     sites: Iterable[str] = SITES,
+    *,
+    grace_s: float = 0.0,
 ) -> Outcome:
     among.present(wait_s=0.0, at_least=1)
     requests = {site: hello_request(world.operator, world.study, site, train=True) for site in sites}
-    return among.exchange(requests, accept=accept, until_unix_s=world.clock() + 600)
+    return among.exchange(requests, accept=accept, until_unix_s=world.clock() + 600, grace_s=grace_s)
 
 
 def test_all_answers_are_verified_and_handed_over_one_by_one(world: Consortium) -> None:
@@ -233,6 +235,62 @@ def test_a_node_that_lives_but_has_lost_its_reply_in_silence_is_asked_again(worl
     assert greet(world, cohort(world, grid)) == Outcome(tuple(sorted(SITES)), {})
     assert grid.times == 2
     assert 300 <= world.clock() - start < 600  # half of the time, then one question
+
+
+# --- a grace for slow sites ---------------------------------------------------------------------------------
+
+
+def test_a_site_at_work_is_waited_for_past_the_deadline(world: Consortium) -> None:
+    world.wait_s, world.takes_s = 20.0, {("beta", "hello"): 1000.0}
+    among, start = cohort(world), world.clock()
+    assert greet(world, among, grace_s=600) == Outcome(tuple(sorted(SITES)), {})
+    assert 1000 <= world.clock() - start < 1100
+    assert list(late := among.take_late()) == ["beta"] and 400 <= late["beta"] < 500
+    assert among.take_late() == {}
+
+
+def test_nobody_is_waited_for_after_the_grace(world: Consortium) -> None:
+    world.wait_s, world.takes_s = 20.0, {("beta", "hello"): 5000.0}
+    start = world.clock()
+    assert greet(world, cohort(world), grace_s=600).missing == {"beta": "no answer within the grace"}
+    assert 1200 <= world.clock() - start < 1300
+
+
+def test_a_site_that_is_gone_at_the_deadline_gets_no_grace(world: Consortium) -> None:
+    world.wait_s, world.takes_s = 20.0, {("beta", "hello"): 1000.0}
+
+    def before(to: str, header: Header, request: bytes) -> bytes:
+        world.away.add("beta")  # with the request
+        return request
+
+    world.before = before
+    start = world.clock()
+    assert greet(world, cohort(world), grace_s=6000).missing == {"beta": "no answer before the deadline"}
+    assert world.clock() - start < 800
+
+
+def test_a_site_that_goes_in_the_grace_is_given_up_then(world: Consortium) -> None:
+    world.wait_s, world.takes_s = 20.0, {("beta", "hello"): 5000.0}
+    start = world.clock()
+
+    def watch() -> None:
+        if world.clock() > start + 1500:
+            world.away.add("beta")
+
+    among = Cohort(
+        SimulatedGrid(world), world.study, clock=world.clock, sleep=lambda seconds: None, watch=watch,  # type: ignore[arg-type]
+        patience_s=0.05,
+    )  # fmt: skip
+    assert greet(world, among, grace_s=6000).missing == {"beta": "no answer before the deadline"}
+    assert 1500 < world.clock() - start < 1700
+
+
+def test_a_node_with_nothing_left_to_send_gets_no_grace(world: Consortium) -> None:
+    grid = LossyGrid(world, losses=9, code=None)
+    start = world.clock()
+    outcome = greet(world, cohort(world, grid), grace_s=60_000)
+    assert outcome.missing == {"beta": "no answer before the deadline"} and grid.times == 3
+    assert world.clock() - start < 2000
 
 
 class TricklingGrid(SimulatedGrid):

@@ -227,6 +227,30 @@ def test_a_site_that_deals_other_shares_than_it_announced_is_left_out_from_then_
     assert [e.body.code for e in entries(world) if isinstance(e.body, Incident)] == ["wrong-share"]
 
 
+def test_a_restarted_server_knows_the_culprits(make: Make) -> None:
+    world = make(mode="consortium", rounds=2)
+
+    def change(body: bytes) -> bytes:
+        dealt = parse_shares(bytes(unpack_body(body, fields={}, parts=1)[1][0]))
+        return pack_body({}, format_shares(replace(dealt, seed_digests=dealt.key_digests)))
+
+    altered(world, "delta", Stage.SHARES, change)
+
+    def stop(site: str, header: Header, request: bytes) -> bytes:
+        if header.round == 0 and header.attempt == 2 and header.stage is Stage.CONTRIBUTE:
+            raise KeyboardInterrupt
+        return request
+
+    world.before = stop
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    (world.server / "pending.json").unlink()  # the next attempt is not fixed yet
+    world.before = lambda site, header, request: request
+    world.run()
+    records = [signed.record for signed in read_records(world.server)]
+    assert all("delta" not in record.cohort for record in records)
+
+
 def test_a_culprit_without_whom_there_are_too_few_stays_in(make: Make) -> None:
     world = make(mode="consortium", rounds=1, min_sites=4, max_attempts=2)
 

@@ -45,7 +45,14 @@ def test_an_open_attempt_is_shown_with_the_time_it_has_left(tmp_path: Path) -> N
     }  # fmt: skip
     (tmp_path / "pending.json").write_bytes(canonical_json(pending))
     assert "round 2 attempt 2 is open: 60.0 s to the deadline" in text_of(tmp_path)
-    assert "deadline passed" in text_of(tmp_path, now_s=START_UNIX_S + 500.0)
+    late = text_of(tmp_path, now_s=START_UNIX_S + 500.0)
+    assert "is open: past the deadline; up to 4.3 min more for sites still at work" in " ".join(late.split())
+    assert "deadline passed" in text_of(tmp_path, now_s=START_UNIX_S + 5000.0)
+
+
+def test_a_late_site_is_shown_with_how_late_it_was(tmp_path: Path) -> None:
+    serve_round(tmp_path, write_folder(tmp_path), 0, late={"west": 95.0})
+    assert "answered 1.6 min past the deadline" in text_of(tmp_path, width=200)
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

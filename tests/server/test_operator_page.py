@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from server.operator_page import charts
 from server.operator_page.page import ago, in_bytes, in_seconds, make_page
 from server.status import EpsilonPoint, RoundView, read_view
-from tests.server.study_folder import START_UNIX_S, eventful, write_folder
+from tests.server.study_folder import START_UNIX_S, eventful, serve_round, write_folder
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -39,6 +39,22 @@ def test_the_page_says_what_is_going_on_in_words(tmp_path: Path) -> None:
         "2 minutes ago", "1 failed attempt<", "900.0 kB", "stopped",
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_the_page_says_whom_an_open_round_waits_for_and_who_was_late(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from server.checkpoint import Pending
+    from server.operator_page.page import study_page
+
+    study = write_folder(tmp_path)
+    serve_round(tmp_path, study, 0, late={"west": 95.0})
+    pending = Pending(1, 1, study.site_ids, START_UNIX_S + 100.0, "0" * 32, {})
+    view = replace(read_view(tmp_path), attempt=pending, state="running")
+    pages = {now: study_page(view, now_s=START_UNIX_S + now, refresh_s=0) for now in (40, 160)}
+    assert "answered 1.6 min past the deadline" in pages[40]
+    assert "round 2 is open: 60.0 s to the deadline" in pages[40]
+    assert "round 2 is open: past the deadline; up to 9.0 min more" in pages[160]
 
 
 def test_before_the_first_round_the_page_counts_no_site_as_serving(tmp_path: Path) -> None:

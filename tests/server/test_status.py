@@ -41,6 +41,18 @@ def test_a_site_without_keys_is_told_with_the_reason_it_went_away_for(tmp_path: 
     assert read_view(tmp_path).missing_now == {"east": "StudyNotApproved"}
 
 
+def test_a_late_site_serves_and_one_too_slow_for_the_grace_is_missing(tmp_path: Path) -> None:
+    study = write_folder(tmp_path)
+    serve_round(tmp_path, study, 0, late={"west": 12.0})
+    serve_round(tmp_path, study, 1, missing={"east": "no answer within the grace"}, late={"south": 95.5})
+    view = read_view(tmp_path)
+    assert {site.site: site.late_s for site in view.sites} == {
+        "north": 0.0, "east": 0.0, "south": 95.5, "west": 0.0,
+    }  # fmt: skip
+    assert view.missing_now == {"east": "too-slow"} and "grace_s" in view.sites[1].advice
+    assert view.grace_s == 600.0
+
+
 def test_before_the_first_round_the_sites_that_were_not_ready_are_missing(tmp_path: Path) -> None:
     write_folder(tmp_path)
     log(tmp_path, "site-not-ready", site="south", reason="SiteRefused: DataInsufficient: no data")
