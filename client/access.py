@@ -3,20 +3,24 @@
     access.jsonl               one record per line, each with the hash of the one before
     payloads/<month>/<id>      AES-256-GCM ciphertext of a draft, where the site keeps drafts
     keys/<month>.key           the month's 32-byte key (0600)
+    lock                       held by who writes: the server, and `fedrad-site access` beside it
 
-Guarantees: a record changed, dropped or reordered inside the log breaks the chain and is named; a payload is
-bound to its record; destroying a month's key makes its payloads unreadable for good while the records stay,
-whose commitments are keyed and tell nothing without that key. The log is the site's: nothing of it leaves.
+Guarantees: a record changed, dropped or reordered inside the log breaks the chain and is named; several
+processes make one chain; a payload is bound to its record; destroying a month's key makes its payloads
+unreadable for good while the records stay, whose commitments are keyed and tell nothing without that key. The
+log is the site's: nothing of it leaves.
 It cannot show that the last records were cut off, unless `head` was noted elsewhere.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import re
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -60,7 +64,7 @@ class AccessRecord:
 
 
 class AccessLog:
-    """An open access log; one process writes it (the site's serving process)."""
+    """An open access log; other processes may write it too, one record at a time."""
 
     def __init__(
         self, directory: Path, *, random_bytes: Callable[[int], bytes] = secrets.token_bytes
@@ -69,9 +73,9 @@ class AccessLog:
         self.directory = directory
         self._random = random_bytes
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        cut_torn_line(directory / "access.jsonl")
-        hashes = [digest for _, digest in self._chain()]
-        self.head = hashes[-1] if hashes else _GENESIS
+        self._size, self.head = -1, _GENESIS
+        with self._alone():
+            pass
 
     def record(
         self, *, user: str, action: Action, model_version: int, time_s: int, payload: bytes | None = None
@@ -85,16 +89,17 @@ class AccessLog:
             raise AccessLogInvalid("expected a user name of letters, digits and @ . _ : -")
         month, identifier = _month(time_s), self._random(16).hex()
         commitment = ""
-        if payload is not None:
-            key = self._key(month)
-            commitment = hmac.new(key, identifier.encode() + b"\0" + payload, hashlib.sha256).hexdigest()
-            nonce = self._random(12)
-            sealed = nonce + AESGCM(key).encrypt(nonce, payload, identifier.encode())
-            write_atomic(self.directory / "payloads" / month / identifier, sealed, mode=0o600)
-        record = AccessRecord(identifier, time_s, user, action, model_version, commitment, self.head)
-        line = canonical_json(asdict(record))
-        append_durable(self.directory / "access.jsonl", line + b"\n")
-        self.head = sha256_hex(line)
+        with self._alone():
+            if payload is not None:
+                key = self._key(month)
+                commitment = hmac.new(key, identifier.encode() + b"\0" + payload, hashlib.sha256).hexdigest()
+                nonce = self._random(12)
+                sealed = nonce + AESGCM(key).encrypt(nonce, payload, identifier.encode())
+                write_atomic(self.directory / "payloads" / month / identifier, sealed, mode=0o600)
+            record = AccessRecord(identifier, time_s, user, action, model_version, commitment, self.head)
+            line = canonical_json(asdict(record))
+            append_durable(self.directory / "access.jsonl", line + b"\n")
+            self._size, self.head = self._size + len(line) + 1, sha256_hex(line)
         return record
 
     def records(self) -> Iterator[AccessRecord]:
@@ -135,6 +140,22 @@ class AccessLog:
             for payload in (self.directory / "payloads" / name).glob("*"):
                 payload.unlink()
         return doomed
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from writing, and take up what they wrote; raises AccessLogInvalid."""
+        path = self.directory / "access.jsonl"
+        with (self.directory / "lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self._size != (path.stat().st_size if path.is_file() else 0):
+                size = len(cut_torn_line(path))
+                hashes = [_GENESIS, *(digest for _, digest in self._chain())]
+                if self.head not in hashes:
+                    raise AccessLogInvalid(
+                        "expected the access log to go on, got another one than was opened"
+                    )
+                self._size, self.head = size, hashes[-1]
+            yield
 
     def _chain(self) -> Iterator[tuple[AccessRecord, str]]:
         path = self.directory / "access.jsonl"

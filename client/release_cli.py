@@ -12,6 +12,7 @@ import typer
 from common.terminal import answer
 
 if TYPE_CHECKING:
+    from client.access import AccessLog
     from client.releases import ModelStore
 
 model_app = typer.Typer(help="Pull, check, switch and go back between released models.", no_args_is_help=True)
@@ -121,9 +122,7 @@ def access_list(home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
     """Verify the access log's chain and list its records, without what was drafted."""
     from dataclasses import asdict
 
-    from client.access import AccessLog
-
-    log = AccessLog(home / "access")
+    log = _access_log(home)
     records = [asdict(record) for record in log.records()]
 
     def text() -> str:
@@ -140,14 +139,24 @@ def access_shred(
     as_json: Json = False,
 ) -> None:
     """Destroy keys and payloads of earlier months, on record; the records stay."""
-    from client.access import AccessLog
-
-    months = AccessLog(home / "access").shred_before(before, user=_user(), time_s=int(time.time()))
+    months = _access_log(home).shred_before(before, user=_user(), time_s=int(time.time()))
     answer({"shredded": months}, as_json=as_json, text=lambda: f"shredded: {', '.join(months) or 'nothing'}")
 
 
 def _in_use(version: int) -> str:
     return f"version {version} is in use; a running server tries it first and puts it back if it fails"
+
+
+def _access_log(home: Path) -> AccessLog:
+    from client.access import AccessLog
+    from common.errors import AccessLogInvalid
+
+    directory = home / "access"
+    if not directory.is_dir() and not (home / "site.json").is_file():
+        raise AccessLogInvalid(
+            f"{directory}: expected an access log, got none; is --home the site's directory?"
+        )
+    return AccessLog(directory)
 
 
 def _store(home: Path) -> ModelStore:

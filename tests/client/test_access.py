@@ -76,6 +76,24 @@ def test_a_record_that_did_not_fit_on_the_disk_does_not_spoil_the_next(tmp_path:
     assert len(users) == 4 and users[-1] == "dr.birch"
 
 
+def test_two_writers_make_one_chain(tmp_path: Path) -> None:
+    """The server goes on while somebody shreds beside it."""
+    server = filled(tmp_path)
+    assert AccessLog(tmp_path).shred_before("2026-06", user="dpo", time_s=JUNE + 1) == ["2026-05"]
+    server.record(user="dr.amber", action=Action.DRAFT, model_version=3, time_s=JUNE + 2, payload=DRAFT)
+    assert [record.action for record in AccessLog(tmp_path).records()][3:] == [Action.SHRED, Action.DRAFT]
+
+
+def test_a_log_that_was_cut_or_exchanged_under_a_writer_takes_no_record(tmp_path: Path) -> None:
+    log = filled(tmp_path)
+    path = tmp_path / "access.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    before = path.read_bytes()
+    with pytest.raises(AccessLogInvalid, match="to go on"):
+        log.record(user="dr.amber", action=Action.DISCARD, model_version=3, time_s=JUNE)
+    assert path.read_bytes() == before
+
+
 def test_shredding_a_month_destroys_its_payloads_and_keeps_its_records(tmp_path: Path) -> None:
     log = filled(tmp_path)
     first, _, third = log.records()

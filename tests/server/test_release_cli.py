@@ -146,6 +146,7 @@ def test_a_folder_without_a_ledger_is_named(tmp_path: Path) -> None:
 
 
 def test_the_access_log_is_listed_and_shredded_by_commands(tmp_path: Path) -> None:
+    (tmp_path / "site.json").touch()
     assert run(access_app, "list", "--home", tmp_path)["records"] == []
     assert run(access_app, "shred", "--before", "2030-01", "--home", tmp_path) == {"shredded": []}
 

@@ -249,16 +249,16 @@ def test_a_switch_that_cannot_be_recorded_is_taken_back_and_following_goes_on(
         ]
         assert host.service.model.version == 2
 
-        log.rename(log.with_suffix(".full"))
-        log.mkdir()
+        lock = log.with_name("lock")
+        lock.unlink()
+        lock.mkdir()  # nothing can be recorded
         site.run("model", "rollback", "--pin", "worse here")
         waits: list[float] = []
 
         async def make_room_then_leave(wait_s: float) -> None:
             waits.append(wait_s)
             if len(waits) == 2:
-                log.rmdir()
-                log.with_suffix(".full").rename(log)
+                lock.rmdir()
             if len(waits) == 3:
                 raise asyncio.CancelledError
 
