@@ -35,9 +35,14 @@ def enrol(
         str | None,
         typer.Option("--operator-key", help="The operator's public key, 64 hex; else the bundle brings it."),
     ] = None,
-    base: Annotated[list[str] | None, typer.Option("--base", help="NAME=DIR of a base model.")] = None,
-    epsilon: Annotated[float, typer.Option(help="ε that this site allows one patient, all studies.")] = 20.0,
-    delta: Annotated[float, typer.Option(help="At this δ.")] = 1e-5,
+    base: Annotated[
+        list[str] | None, typer.Option("--base", help="NAME=DIR of a base model, beside those known.")
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="ε that this site allows one patient, all studies; at first 20, then as it is."),
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="At this δ; at first 1e-5, then as it is.")] = None,
     new_keys: Annotated[
         bool, typer.Option("--new-keys", help="Put the present keys aside; after a revocation.")
     ] = False,
@@ -50,51 +55,114 @@ def enrol(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make this site's keys and request; later, with --bundle, install the operator's answer."""
+    """Make this site's keys and request; later, with --bundle, install the operator's answer.
+
+    Run again, it keeps every setting for which no option is given, and says which have changed.
+    """
     if bundle is not None:
         _install(home, bundle, operator, as_json=as_json)
         return
-    if site is None or data is None:
-        raise typer.BadParameter("expected SITE and --data, or --bundle FILE")
+    import sys
+    from dataclasses import replace
+
     from client.enrolment import REQUEST_NAME, request_enrolment, set_keys_aside, utc_now
-    from client.home import SiteHomeInvalid, create_home, open_home
+    from client.home import SiteHome, SiteHomeInvalid, open_home, verify_settings
     from common.enrolment import fingerprint_of
     from common.model.tiny import tiny_base_directory
 
-    bases = {"tiny": tiny_base_directory()}
-    for entry in base or []:
-        name, separator, directory = entry.partition("=")
-        if not separator:
-            raise SiteHomeInvalid(f"--base: expected NAME=DIR, got {entry!r}")
-        bases[name] = Path(directory)
-    if operator_key is None:
-        operator_key = open_home(home).operator_key if (home / "site.json").is_file() else ""
-    if new_keys and (home / "site.json").is_file():
-        set_keys_aside(open_home(home), now=utc_now())
-    create_home(
-        home, site=site, operator_key=operator_key, data=data, bases=bases, epsilon=epsilon, delta=delta
+    known = open_home(home) if (home / "site.json").is_file() else None
+    if known is None and (site is None or data is None):
+        raise typer.BadParameter("expected SITE and --data, or --bundle FILE")
+    before = known or SiteHome(home, site or "", "", data or Path(), {"tiny": tiny_base_directory()})
+    wanted = replace(
+        before,
+        site=site or before.site,
+        operator_key=before.operator_key if operator_key is None else operator_key,
+        data=data or before.data,
+        bases={**before.bases, **_parse_bases(base or [])},
+        epsilon=before.epsilon if epsilon is None else epsilon,
+        delta=before.delta if delta is None else delta,
     )
+    verify_settings(
+        site=wanted.site, operator_key=wanted.operator_key, epsilon=wanted.epsilon, delta=wanted.delta
+    )
+    if operator_key == "":
+        raise SiteHomeInvalid("--operator-key: expected 64 hex digits, got none")
+    changes = setting_changes(known, wanted) if known else []
+    if new_keys and known is not None:
+        set_keys_aside(known, now=utc_now())
+    _save(wanted)
     made = open_with_credentials(home)
     request = request_enrolment(made, software=_software(), now=utc_now())
     value = {
-        "site": site,
+        "site": made.site,
         "home": str(home),
         "message_key": request.keys.message_key,
         "request": str(home / REQUEST_NAME),
         "fingerprint": fingerprint_of(request.keys),
+        "epsilon": made.epsilon,
+        "delta": made.delta,
+        "changed": changes,
     }
-    if not (data / "pairs.jsonl").is_file():
-        import sys
-
-        print(f"warning: {data}: no prepared data here yet (`fedrad-site data import`)", file=sys.stderr)
+    for change in changes:
+        print(f"changed: {change}", file=sys.stderr)
+    if not (made.data / "pairs.jsonl").is_file():
+        print(f"warning: {made.data}: no prepared data here yet (`fedrad-site data import`)", file=sys.stderr)
     answer(
         value,
         as_json=as_json,
         text=lambda: (
-            f"site {site}: {home}\nsend this to the operator:  {value['request']}\n"
+            f"site {made.site}: {home}\nit allows one patient ε {made.epsilon:g} at δ {made.delta:g}\n"
+            f"send this to the operator:  {value['request']}\n"
             f"and read on the telephone:  {value['fingerprint']}"
         ),
     )
+
+
+def setting_changes(before: SiteHome, after: SiteHome) -> list[str]:
+    """Say which settings differ and from what to what; a weaker privacy limit is called one."""
+    changes = []
+    for name, symbol in (("epsilon", "ε"), ("delta", "δ")):
+        was, now = getattr(before, name), getattr(after, name)
+        if was != now:
+            way = "raised: a patient may lose more" if now > was else "lowered"
+            changes.append(
+                f"{symbol} from {was:g} to {now:g}, {way}; `fedrad-site up` takes it when it starts"
+            )
+    if before.data.absolute() != after.data.absolute():
+        changes.append(f"data from {before.data} to {after.data}")
+    if before.operator_key and before.operator_key != after.operator_key:
+        changes.append(f"operator from {before.operator_key[:16]}… to {after.operator_key[:16]}…")
+    for name, directory in sorted(after.bases.items()):
+        if before.bases.get(name) != directory:
+            changes.append(f"base {name} from {before.bases.get(name, 'none')} to {directory}")
+    return changes
+
+
+def _save(home: SiteHome) -> None:
+    from client.home import create_home
+
+    create_home(
+        home.directory,
+        site=home.site,
+        operator_key=home.operator_key,
+        data=home.data,
+        bases=home.bases,
+        epsilon=home.epsilon,
+        delta=home.delta,
+    )
+
+
+def _parse_bases(entries: list[str]) -> dict[str, Path]:
+    from client.home import SiteHomeInvalid
+
+    bases = {}
+    for entry in entries:
+        name, separator, directory = entry.partition("=")
+        if not separator:
+            raise SiteHomeInvalid(f"--base: expected NAME=DIR, got {entry!r}")
+        bases[name] = Path(directory)
+    return bases
 
 
 def open_with_credentials(home: Path) -> SiteHome:
@@ -156,7 +224,6 @@ def _install(home: Path, path: Path, operator: str | None, *, as_json: bool) -> 
     from dataclasses import replace
 
     from client.enrolment import install_bundle, verify_operator
-    from client.home import create_home
     from common.enrolment import parse_bundle
     from common.errors import EnrolmentInvalid
 
@@ -175,15 +242,7 @@ def _install(home: Path, path: Path, operator: str | None, *, as_json: bool) -> 
             "(`fedrad-server show`), got none"
         )
     enrolled = install_bundle(opened, signed)
-    create_home(
-        home,
-        site=opened.site,
-        operator_key=opened.operator_key,
-        data=opened.data,
-        bases=opened.bases,
-        epsilon=opened.epsilon,
-        delta=opened.delta,
-    )
+    _save(opened)
     value = {
         "site": opened.site,
         "consortium": enrolled.consortium,

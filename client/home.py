@@ -114,7 +114,7 @@ def create_home(
     Raises SiteHomeInvalid, before anything is written, for settings that `open_home` would refuse, and for
     another id than an enrolled site has.
     """
-    _verify_settings(site, epsilon=epsilon, delta=delta)
+    verify_settings(site=site, operator_key=operator_key, epsilon=epsilon, delta=delta)
     if (directory / "enrolment.json").is_file() and (known := open_home(directory).site) != site:
         raise SiteHomeInvalid(f"{directory}: expected its site, {known}, got {site}; choose another --home")
     home = SiteHome(directory, site, operator_key, data, bases, epsilon, delta)
@@ -135,11 +135,14 @@ def create_home(
     return home
 
 
-def _verify_settings(site: object, *, epsilon: object, delta: object) -> None:
+def verify_settings(*, site: object, operator_key: object, epsilon: object, delta: object) -> None:
+    """Raise SiteHomeInvalid naming the first setting that is none; an operator's key may still be empty."""
     if not isinstance(site, str) or not re.fullmatch(_SITE, site):
         raise SiteHomeInvalid(
             f"site: expected lower-case letters, digits and hyphens, such as north-clinic, got {site!r}"
         )
+    if not isinstance(operator_key, str) or not re.fullmatch(r"(?:[0-9a-f]{64})?", operator_key):
+        raise SiteHomeInvalid(f"operator_key: expected 64 hex digits, got {operator_key!r}")
     for name, value, most in (("epsilon", epsilon, 1e6), ("delta", delta, 1.0)):
         if type(value) not in (int, float) or not 0 < float(str(value)) < most:
             raise SiteHomeInvalid(f"{name}: expected a number above 0 and below {most:g}, got {value!r}")
@@ -161,13 +164,11 @@ def open_home(directory: Path, *, credentials: Path | None = None) -> SiteHome:
     if not isinstance(value, dict) or set(value) != fields:
         raise SiteHomeInvalid(f"{path}: expected the fields {', '.join(sorted(fields))}")
     try:
-        _verify_settings(value["site"], epsilon=value["epsilon"], delta=value["delta"])
+        verify_settings(**{name: value[name] for name in ("site", "operator_key", "epsilon", "delta")})
     except SiteHomeInvalid as error:
         raise SiteHomeInvalid(f"{path}: {error}") from error
     if not isinstance(value["data"], str) or not value["data"]:
         raise SiteHomeInvalid(f"{path}: data: expected text, got {value['data']!r}")
-    if not re.fullmatch(r"(?:[0-9a-f]{64})?", str(value["operator_key"])):
-        raise SiteHomeInvalid(f"{path}: operator_key: expected 64 hex digits")
     if not isinstance(value["bases"], dict):
         raise SiteHomeInvalid(f"{path}: bases: expected a table of directories by name")
     return SiteHome(

@@ -87,6 +87,12 @@ def test_a_wrong_setting_is_refused_by_file(home: SiteHome, change: dict[str, An
         open_home(home.directory)
 
 
+def test_an_operator_key_that_is_none_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(SiteHomeInvalid, match="operator_key"):
+        create_home(tmp_path / "new", site="alpha", operator_key="ab", data=tmp_path, bases={})
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\x80"])
 def test_no_settings_are_refused_with_the_remedy(home: SiteHome, content: bytes | None) -> None:
     path = home.directory / "site.json"

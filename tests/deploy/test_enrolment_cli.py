@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import typer
 
+from client.home import SiteHomeInvalid
 from common.errors import EnrolmentInvalid, FingerprintMismatch, SiteRevoked
 from deploy.server.cli import app as server_app
 from deploy.site.cli import app as site_app
@@ -105,6 +106,49 @@ def test_a_study_goes_from_manifest_to_waiting_for_approvals(call: Any) -> None:
 def test_enrol_without_site_or_data_is_a_usage_error(call: Any, arguments: tuple[str, ...]) -> None:
     with pytest.raises(typer.BadParameter, match="SITE and --data"):
         call(site_app, *arguments)
+
+
+def settings() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path("north/site.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("more", [(), ("--new-keys",), ("north",), ("north", "--data", "data", "--new-keys")])
+def test_enrolling_again_keeps_what_the_hospital_had_set(call: Any, more: tuple[str, ...]) -> None:
+    operator = "ab" * 32
+    first = ("--epsilon", "5", "--delta", "1e-6", "--base", "big=bases/big", "--operator-key", operator)
+    enrol(call, "north", *first)
+    before = settings()
+    assert (before["epsilon"], before["delta"], before["operator_key"]) == (5.0, 1e-6, operator)
+    again = call(site_app, "enrol", "--home", "north", *more)
+    assert settings() == before
+    assert (again["epsilon"], again["delta"], again["changed"]) == (5.0, 1e-6, [])
+
+
+def test_a_setting_changes_by_its_option_alone_and_a_weaker_limit_is_called_one(
+    call: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enrol(call, "north", "--epsilon", "5", "--base", "big=bases/big")
+    before = settings()
+    with pytest.raises(SiteHomeInvalid, match="epsilon"):
+        enrol(call, "north", "--epsilon", "-1", "--new-keys")
+    for key in ("", "ab"):
+        with pytest.raises(SiteHomeInvalid, match="64 hex"):
+            enrol(call, "north", "--operator-key", key, "--new-keys")
+    assert settings() == before
+    assert not list(Path("north").glob("keys-until-*"))
+    site_app(["enrol", "--home", "north", "--epsilon", "8", "--json"], standalone_mode=False)
+    said = capsys.readouterr()
+    [change] = json.loads(said.out)["changed"]
+    assert change.startswith("ε from 5 to 8, raised: a patient may lose more")
+    assert f"changed: {change}" in said.err
+    assert settings() == before | {"epsilon": 8.0}
+    changed = enrol(
+        call, "north", "--epsilon", "2", "--delta", "1e-4", "--base", "big=other", "--operator-key", "ab" * 32
+    )["changed"]  # fmt: skip
+    assert [line.split(",")[0] for line in changed[:2]] == ["ε from 8 to 2", "δ from 1e-05 to 0.0001"]
+    assert "lowered" in changed[0] and "raised" in changed[1]
+    assert [line.split()[:2] for line in changed[2:]] == [["base", "big"]]
 
 
 def test_a_wrong_reason_is_a_usage_error(call: Any) -> None:
