@@ -31,7 +31,7 @@ from client.state import Seen, SiteState
 from client.statements import statements
 from client.training import TrainingData, prepare_training
 from client.witness import SiteWitness
-from common.compatibility import agree, format_speaks, parse_speaks, running_release
+from common.compatibility import Speaks, agree, format_speaks, parse_speaks, running_release
 from common.config import Mode, Study
 from common.deflate import inflate
 from common.errors import (
@@ -121,8 +121,10 @@ class SiteAgent:
         clock: Callable[[], float] = time.time,
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
         report: Callable[[Progress], None] = lambda progress: None,
+        release: Speaks | None = None,
     ) -> None:
         self.home = home
+        self._release = release or running_release()
         self._key: SigningKey = home.message_key()
         self._witness_key: SigningKey = home.witness_key()
         self._models = models or ModelPool()
@@ -155,7 +157,7 @@ class SiteAgent:
     def message_limit(self, start: bytes) -> int:
         """Say how long a message that starts so may be, in bytes; raises BodyTooLarge, else as `handle`."""
         try:
-            header = read_header(start, max_body_bytes=1 << 62)
+            header = read_header(start, max_body_bytes=1 << 62, spoken=self._release.versions)
             study = read_approved_study(self.home, header.study)
             most = _max_request_bytes(study)
             if header.body_bytes > most:
@@ -167,13 +169,14 @@ class SiteAgent:
 
     def _authenticate(self, stage: Stage, data: Bytes | Envelope) -> tuple[Message, _Running]:
         try:
-            sha256 = read_header(data, max_body_bytes=1 << 62).study
+            sha256 = read_header(data, max_body_bytes=1 << 62, spoken=self._release.versions).study
             running = self._open_study(sha256)
             message = open_message(
                 data,
                 keys={SERVER: running.study.cohort.operator_key},
                 expected=Expected(study=sha256, recipient=self.home.site, sender=SERVER, stage=stage),
                 max_body_bytes=_max_request_bytes(running.study),
+                spoken=self._release.versions,
             )
         except FedRadError as error:
             log.warning("refused a %s message: %s: %s", stage.value, error.code, error)
@@ -239,8 +242,7 @@ class SiteAgent:
     def _hello(self, message: Message, running: _Running) -> bytes:
         """Say how far this site's history goes; before it trains, load model and data, commit the budget."""
         meta, _ = unpack_body(message.body, fields={"train": bool, "speaks": dict})
-        own_release = running_release()
-        agree(parse_speaks(meta["speaks"]), own_release)
+        agree(parse_speaks(meta["speaks"]), self._release)
         seen = running.state.seen()
         own: list[bytes] = []
         if meta["train"]:
@@ -259,8 +261,8 @@ class SiteAgent:
                 )
             )  # fmt: skip
         about = {
-            "speaks": format_speaks(own_release), "seen_round": seen.round, "seen_record": seen.record_sha256,
-            "seen_size": running.witness.seen_size,
+            "speaks": format_speaks(self._release), "seen_round": seen.round,
+            "seen_record": seen.record_sha256, "seen_size": running.witness.seen_size,
         }  # fmt: skip
         return pack_body(about, read_approval(self.home, running.study), b"\n".join(own))
 

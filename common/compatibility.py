@@ -2,11 +2,12 @@
 
 A program speaks the protocol versions `oldest` to `newest`; a release speaks its own version and the one
 before, so that server and sites can be upgraded one at a time, between rounds. At each hello both sides say
-what they speak, and the newest version that both know is used until the next hello. Where there is none, the
-refusal names the side to upgrade. The release's number (`software`) is shown to people and decides nothing.
+what they speak, and until the next hello the server's messages to that site are in the newest version that
+both know; an answer is in the version of its request. Where there is none, the refusal names the side to
+upgrade. The release's number (`software`) is shown to people and decides nothing.
 
 Guarantees: `agree` is symmetric, so both sides come to the same version or the same refusal by themselves.
-A first message cannot be agreed on before: it is framed in the oldest version its sender speaks.
+A hello itself has the same form in every release (`protocol.HELLO_VERSION`), so that any two can read it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from common.errors import EnvelopeMalformed, VersionsTooFarApart
-from common.protocol import VERSION
+from common.protocol import OLDEST, VERSION
 
-OLDEST = 1
 _SOFTWARE = re.compile(r"[A-Za-z0-9.+-]{1,64}")
 
 
@@ -31,10 +31,14 @@ class Speaks:
     newest: int
     software: str
 
+    @property
+    def versions(self) -> range:
+        return range(self.oldest, self.newest + 1)
+
 
 def this_release(software: str) -> Speaks:
     """What this release speaks."""
-    return Speaks(min(OLDEST, VERSION), VERSION, software)
+    return Speaks(OLDEST, VERSION, software)
 
 
 def running_release() -> Speaks:
@@ -57,16 +61,6 @@ def agree(server: Speaks, site: Speaks) -> int:
             f"{who} to a release that speaks version {ahead.oldest} or later"
         )
     return newest
-
-
-def verify_frame_version(found: Any, own: Speaks) -> None:
-    """Refuse a message framed in a version that this side does not speak; raises VersionsTooFarApart."""
-    if type(found) is not int or not own.oldest <= found <= own.newest:
-        newer = type(found) is int and found > own.newest
-        raise VersionsTooFarApart(
-            f"expected a message in protocol version {_span(own)}, got version {found!r}; "
-            f"upgrade {'this side' if newer else 'the other side'}"
-        )
 
 
 def format_speaks(speaks: Speaks) -> dict[str, Any]:

@@ -77,10 +77,6 @@ class EnvelopeMalformed(FedRadError):
     """Bytes are not a protocol message: framing, header fields or lengths are wrong."""
 
 
-class VersionUnsupported(FedRadError):
-    """The peer speaks a protocol version that this side does not."""
-
-
 class UnknownSender(FedRadError):
     """A message comes from a sender that the study's manifest does not pin."""
 
@@ -731,7 +727,7 @@ class JudgeAnswerInvalid(FedRadError):
 # --- versions, backup, pages for operators (common/compatibility, server/backup, common/metrics_page) -------
 
 
-class VersionsTooFarApart(VersionUnsupported):
+class VersionsTooFarApart(FedRadError):
     """Server and site have no protocol version in common; the message names the side to upgrade."""
 
 

@@ -27,7 +27,7 @@ from common.errors import (
     NotCanonical,
     PreviousStateMismatch,
     UnknownSender,
-    VersionUnsupported,
+    VersionsTooFarApart,
     WrongRecipient,
     WrongRound,
     WrongStage,
@@ -37,6 +37,11 @@ from common.identity import Purpose, SigningKey, verify_signature
 
 MAGIC = b"FRM1"
 VERSION = 1
+OLDEST = 1
+SPOKEN = range(OLDEST, VERSION + 1)
+HELLO_VERSION = (
+    1  # of every release: a hello's header and body stay as they are, for it agrees on the version
+)
 MAX_HEADER_BYTES = 4096
 MAX_OVERHEAD_BYTES = 8 + MAX_HEADER_BYTES + 64
 MAX_META_BYTES = 8 << 20
@@ -144,10 +149,11 @@ def seal_request(
     nonce: str,
     previous: str,
     body: bytes,
+    version: int = VERSION,
 ) -> Envelope:
     """Sign a request of the server to one site."""
     header = Header(
-        VERSION, study, round, attempt, stage, Kind.REQUEST, sender, recipient, nonce, "", previous,
+        version, study, round, attempt, stage, Kind.REQUEST, sender, recipient, nonce, "", previous,
         len(body), sha256_hex(body),
     )  # fmt: skip
     return seal(key, header, body)
@@ -156,10 +162,10 @@ def seal_request(
 def seal_reply(
     key: SigningKey, request: Message, *, nonce: str, body: bytes, refusal: bool = False
 ) -> Envelope:
-    """Sign the answer to a request: same place in the study, sender and recipient exchanged."""
+    """Sign the answer to a request: same version and place in the study, sender and recipient exchanged."""
     asked = request.header
     header = Header(
-        VERSION, asked.study, asked.round, asked.attempt, asked.stage,
+        asked.version, asked.study, asked.round, asked.attempt, asked.stage,
         Kind.REFUSAL if refusal else Kind.REPLY, asked.recipient, asked.sender, nonce, request.sha256,
         asked.previous, len(body), sha256_hex(body),
     )  # fmt: skip
@@ -177,21 +183,27 @@ def cut_envelope(data: Bytes) -> Envelope:
     return Envelope(bytes(view[: 72 + length]), view[72 + length :])
 
 
-def read_header(data: Bytes | Envelope, *, max_body_bytes: int) -> Header:
+def read_header(data: Bytes | Envelope, *, max_body_bytes: int, spoken: range = SPOKEN) -> Header:
     """Parse the frame and header of a message without trusting it; nothing is verified yet."""
-    return _split(data, max_body_bytes=max_body_bytes)[0]
+    return _split(data, max_body_bytes=max_body_bytes, spoken=spoken)[0]
 
 
 def open_message(
-    data: Bytes | Envelope, *, keys: Mapping[str, str], expected: Expected, max_body_bytes: int
+    data: Bytes | Envelope,
+    *,
+    keys: Mapping[str, str],
+    expected: Expected,
+    max_body_bytes: int,
+    spoken: range = SPOKEN,
 ) -> Message:
     """Verify a message against pinned keys (`{sender: public hex}`) and the receiver's expectations.
 
-    Raises BodyTooLarge, EnvelopeMalformed, VersionUnsupported, UnknownSender, SignatureInvalid,
+    spoken: the protocol versions that the receiver speaks.
+    Raises BodyTooLarge, EnvelopeMalformed, VersionsTooFarApart, UnknownSender, SignatureInvalid,
     WrongStudy, WrongRecipient, WrongStage, WrongRound, PreviousStateMismatch, MessageReplayed or
     BodyHashMismatch, in this order.
     """
-    header, envelope, encoded = _split(data, max_body_bytes=max_body_bytes)
+    header, envelope, encoded = _split(data, max_body_bytes=max_body_bytes, spoken=spoken)
     if header.sender not in keys:
         raise UnknownSender(f"expected a sender among {', '.join(sorted(keys))}, got {header.sender!r}")
     verify_signature(keys[header.sender], Purpose.ENVELOPE, encoded, envelope.frame[-64:])
@@ -209,18 +221,18 @@ def format_header(header: Header) -> bytes:
     return canonical_json(asdict(header))
 
 
-def parse_header(data: bytes) -> Header:
-    """Parse a header; raises EnvelopeMalformed or VersionUnsupported."""
+def parse_header(data: bytes, *, spoken: range = SPOKEN) -> Header:
+    """Parse a header in one of the `spoken` versions; raises EnvelopeMalformed or VersionsTooFarApart."""
     try:
         value = parse_canonical(data, max_bytes=MAX_HEADER_BYTES)
     except FedRadError as error:
         raise EnvelopeMalformed(f"header: {error}") from error
+    if isinstance(value, dict):
+        _verify_version(value.get("version"), value.get("stage"), spoken)
     names = set(Header.__dataclass_fields__)
     if not isinstance(value, dict) or set(value) != names:
         got = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise EnvelopeMalformed(f"header: expected the keys {sorted(names)}, got {got}")
-    if value["version"] != VERSION:
-        raise VersionUnsupported(f"expected protocol version {VERSION}, got {value['version']!r}")
     for name in ("round", "attempt", "body_bytes"):
         if type(value[name]) is not int or value[name] < 0:
             raise EnvelopeMalformed(f"header {name}: expected a whole number, got {value[name]!r}")
@@ -283,7 +295,18 @@ def _cut(blob: memoryview, sizes: Any, count: int) -> list[memoryview]:
     return cut
 
 
-def _split(data: Bytes | Envelope, *, max_body_bytes: int) -> tuple[Header, Envelope, bytes]:
+def _verify_version(found: Any, stage: Any, spoken: range) -> None:
+    if type(found) is not int:
+        raise EnvelopeMalformed(f"header version: expected a whole number, got {type(found).__name__}")
+    if found not in spoken and not (stage == Stage.HELLO.value and found == HELLO_VERSION):
+        span = "-".join(str(version) for version in sorted({spoken[0], spoken[-1]}))
+        raise VersionsTooFarApart(
+            f"expected a message in protocol version {span}, got version {found}; upgrade "
+            f"{'its receiver' if found > spoken[-1] else 'its sender'}"
+        )
+
+
+def _split(data: Bytes | Envelope, *, max_body_bytes: int, spoken: range) -> tuple[Header, Envelope, bytes]:
     """Return header, envelope, and the header's bytes, which the signature covers."""
     most = max_body_bytes + MAX_OVERHEAD_BYTES
     if len(data) > most:
@@ -295,7 +318,7 @@ def _split(data: Bytes | Envelope, *, max_body_bytes: int) -> tuple[Header, Enve
     else:
         envelope = cut_envelope(data)
     encoded = envelope.frame[8:-64]
-    header = parse_header(encoded)
+    header = parse_header(encoded, spoken=spoken)
     if header.body_bytes > max_body_bytes:
         raise BodyTooLarge(f"expected a body of at most {max_body_bytes} bytes, got {header.body_bytes}")
     return header, envelope, encoded

@@ -20,6 +20,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.canonical import canonical_json
+from common.compatibility import Speaks, running_release
 from common.config import Study
 from common.errors import CheckpointInvalid, DealtWrong, FedRadError, QuorumNotReached, RoundFailed
 from common.evaluation_counts import evaluation_plan_of
@@ -83,6 +84,8 @@ class Run:
     approvals: dict[str, bytes] = field(default_factory=dict)
     statements: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
     culprits: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    release: Speaks = field(default_factory=running_release)
 
     @property
     def study(self) -> Study:
@@ -94,13 +97,18 @@ class Run:
 
 
 def run_study(
-    grid: Grid, directory: Path, *, clock: Clock = time.time, judge: Judge | None = None
+    grid: Grid,
+    directory: Path,
+    *,
+    clock: Clock = time.time,
+    judge: Judge | None = None,
+    release: Speaks | None = None,
 ) -> StudyState:
     """Run a signed study's remaining rounds; raises RoundFailed when the manifest says to end.
 
     A study that has ended is witnessed once more: what was logged since (a release) gets its cosignatures.
     """
-    with _opened(grid, directory, clock, judge) as run:
+    with _opened(grid, directory, clock, judge, release or running_release()) as run:
         verify_plan(run.study)
         if run.study.federated_evaluation is not None:
             evaluation_plan_of(run.study).verify_accounting()
@@ -117,15 +125,16 @@ def run_study(
 
 
 @contextlib.contextmanager
-def _opened(grid: Grid, directory: Path, clock: Clock, judge: Judge | None) -> Iterator[Run]:
+def _opened(grid: Grid, directory: Path, clock: Clock, judge: Judge | None, release: Speaks) -> Iterator[Run]:
     """Hold the study directory and its log for this process; load what the acceptance test needs."""
     with open_study_log(directory, clock=clock) as (opened, book):
         study = opened.study
         if study.acceptance is not None and judge is None:
             judge = open_judge(directory, study)
+        cohort = Cohort(grid, study, clock=clock, spoken=release.versions)
         yield Run(
-            opened, load_key(opened.key_path), Cohort(grid, study, clock=clock), book, clock, code_sha256(),
-            dependencies_sha256(), judge, culprits=opened.culprits(),
+            opened, load_key(opened.key_path), cohort, book, clock, code_sha256(), dependencies_sha256(),
+            judge, culprits=opened.culprits(), release=release,
         )  # fmt: skip
 
 
@@ -282,7 +291,7 @@ def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
             ready = sorted(dealt | set(ready))
     pending = plan_attempt(
         study, round=round, attempt=attempt, cohort=ready, histories=run.histories, sizes=run.log.sizes,
-        now_unix_s=run.clock(),
+        versions=run.versions, now_unix_s=run.clock(),
     )  # fmt: skip
     run.opened.save_pending(pending)
     return pending
@@ -311,16 +320,19 @@ def _greet(
     """
 
     def accept(site: str, reply: Message) -> None:
-        hello = parse_hello(reply)
+        hello = parse_hello(reply, release=run.release)
         run.log.verify_approval(site, hello.approval)
         for statement in hello.statements:
             run.log.verify_own(site, statement)
         run.log.saw(site, hello.seen_size)
         run.statements[site] = hello.statements
         run.approvals[site] = hello.approval
+        run.versions[site] = hello.version
         run.histories[site] = hello.seen_round
 
-    requests = {site: hello_request(run.key, run.study, site, train=train) for site in sites}
+    requests = {
+        site: hello_request(run.key, run.study, site, train=train, release=run.release) for site in sites
+    }
     if not requests:
         return {}
     outcome = run.cohort.exchange(requests, accept=accept, until_unix_s=until_unix_s, grace_s=grace_s)
@@ -404,7 +416,7 @@ def _show_the_end(run: Run, state: StudyState, shown: set[str]) -> None:
     requests = {
         site: witness_request(
             run.key, run.study, site, state, run.opened.records[run.histories.get(site, -1) + 1 :],
-            run.log.offer(run.log.sizes.get(site, 0)),
+            run.log.offer(run.log.sizes.get(site, 0)), version=run.versions[site],
         )
         for site in present
         if site in run.histories and site not in shown

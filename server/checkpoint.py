@@ -60,8 +60,9 @@ class StudyState:
 class Pending:
     """The attempt in progress: all that its requests hold beyond the state, so they can be made again.
 
-    `histories` maps a site to the last round whose record it has verified and `sizes` to the size of the log
-    it has seen, as known when the attempt began; `witnessed` holds the cosignatures shown, once a quorum's.
+    `histories` maps a site to the last round whose record it has verified, `sizes` to the size of the log it
+    has seen and `versions` to the protocol version agreed with it, as known when the attempt began;
+    `witnessed` holds the cosignatures shown, once a quorum's.
     """
 
     round: int
@@ -72,6 +73,7 @@ class Pending:
     histories: dict[str, int]
     sizes: dict[str, int] = field(default_factory=dict)
     witnessed: str = ""
+    versions: dict[str, int] = field(default_factory=dict)
 
 
 class StudyDirectory:

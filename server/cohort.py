@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 from common.config import Study
 from common.errors import EnvelopeMalformed, FedRadError, RelayInvalid, SignatureInvalid, UnknownSender
 from common.model.lora import vector_size
-from common.protocol import SERVER, Envelope, Expected, Kind, open_message, read_header, unpack_body
+from common.protocol import SERVER, SPOKEN, Envelope, Expected, Kind, open_message, read_header, unpack_body
 from common.protocol import Message as SignedMessage
 from common.relay import PART_BYTES, RECORD, body_parts, join_envelope, split_envelope
 from server.pulls import PATIENCE_S, Pulls
@@ -84,6 +84,7 @@ class Cohort:
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
         watch: Callable[[], None] = lambda: None,
+        spoken: range = SPOKEN,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._grid = grid
@@ -93,6 +94,7 @@ class Cohort:
         self._clock = clock
         self._sleep = sleep
         self._watch = watch
+        self._spoken = spoken
         self._pulls = Pulls(grid, patience_s=patience_s)
         self._nodes: dict[str, int] = {}
         self._impostors: set[tuple[str, int]] = set()
@@ -134,7 +136,7 @@ class Cohort:
                     continue
                 envelope = _envelope(reply)
                 del reply
-                self.traffic.count(_stage(requests[site]), "up", len(envelope))
+                self.traffic.count(self._stage(requests[site]), "up", len(envelope))
                 accept(site, self._verify(site, requests[site].sha256, envelope))
                 del envelope
                 answered.append(site)
@@ -151,7 +153,7 @@ class Cohort:
         missing.update(asked.given_up)
         for site in asked.unanswered:
             missing[site] = "no answer within the grace" if grace_s else "no answer before the deadline"
-        stages = [_stage(request) for request in requests.values()]
+        stages = [self._stage(request) for request in requests.values()]
         if stages:
             stage = max(sorted(set(stages)), key=stages.count)
             self._seconds[stage] = self._seconds.get(stage, 0.0) + self._clock() - started
@@ -175,11 +177,15 @@ class Cohort:
                 study=self._study.sha256, recipient=SERVER, sender=site, answers=request_sha256
             ),
             max_body_bytes=self._max_reply_bytes,
+            spoken=self._spoken,
         )
         if message.header.kind is Kind.REFUSAL:
             meta, _ = unpack_body(message.body, fields={"error": str, "message": str})
             raise SiteRefused(f"{meta['error']}: {meta['message']}")
         return message
+
+    def _stage(self, request: Envelope) -> str:
+        return read_header(request, max_body_bytes=1 << 62, spoken=self._spoken).stage.value
 
     def _find_nodes(self) -> None:
         alive = set(self._grid.get_node_ids())
@@ -202,7 +208,7 @@ class Cohort:
         parts: list[bytes] = []
         for site in sites:
             request = asked.requests[site]
-            stage = _stage(request)
+            stage = self._stage(request)
             if len(request) > PART_BYTES:
                 parts = body_parts(request.body, like=parts)
             records = split_envelope(stage, request, parts)
@@ -385,7 +391,3 @@ def _envelope(reply: Message) -> Envelope:
         reason = " ".join(str(reply.error.reason).split())[:300]
         raise NodeFailed(f"Flower error {reply.error.code}: {reason}")
     return join_envelope(reply.content)[1]  # type: ignore[arg-type]
-
-
-def _stage(request: Envelope) -> str:
-    return read_header(request, max_body_bytes=1 << 62).stage.value

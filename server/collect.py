@@ -28,7 +28,7 @@ from common.identity import SigningKey
 from common.ledger.entries import Participation
 from common.ledger.statements import commit, format_participation, parse_participation
 from common.model.lora import vector_sha256, vector_size
-from common.protocol import Envelope, Message, Stage, pack_body, unpack_body
+from common.protocol import OLDEST, Envelope, Message, Stage, pack_body, unpack_body
 from common.records import SignedRecord
 from common.secagg.messages import (
     KeySet,
@@ -85,8 +85,12 @@ class Attempt:
             self.key, self.study, stage, site, body,
             round=self.pending.round if round is None else round,
             attempt=self.pending.attempt if attempt is None else attempt,
-            previous=self.state.record_sha256, nonce=self.pending.nonce,
+            previous=self.state.record_sha256, nonce=self.pending.nonce, version=self.version(site),
         )  # fmt: skip
+
+    def version(self, site: str) -> int:
+        """Return the protocol version of this attempt's messages to a site."""
+        return self.pending.versions.get(site, OLDEST)
 
     def contribute(self, site: str, *, cohort: Sequence[str], opening: bytes = b"") -> Envelope:
         """Sign a site's contribute request with the records that it has not seen."""
@@ -178,7 +182,7 @@ def witness_first(attempt: Attempt) -> Pending:
     requests = {
         site: witness_request(
             attempt.key, attempt.study, site, attempt.state, attempt.unseen(site),
-            attempt.log.offer(pending.sizes[site]),
+            attempt.log.offer(pending.sizes[site]), version=attempt.version(site),
         )
         for site in pending.cohort
     }  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.canonical import sha256_hex
-from common.compatibility import agree, format_speaks, parse_speaks, running_release
+from common.compatibility import Speaks, agree, format_speaks, parse_speaks
 from common.config import Mode, Study
 from common.deflate import deflate
 from common.errors import AdapterInvalid, EntryInvalid, EnvelopeMalformed
@@ -22,7 +22,18 @@ from common.ledger.statements import commit, make_round, parse_participation, ve
 from common.model.lora import vector_sha256, vector_to_bytes
 from common.privacy.mechanism import ServedRound, View
 from common.privacy.study_plan import plan_of
-from common.protocol import GENESIS, SERVER, Envelope, Message, Stage, pack_body, seal_request, unpack_body
+from common.protocol import (
+    GENESIS,
+    HELLO_VERSION,
+    OLDEST,
+    SERVER,
+    Envelope,
+    Message,
+    Stage,
+    pack_body,
+    seal_request,
+    unpack_body,
+)
 from common.records import RoundRecord, SignedRecord, signed_to_json
 from common.schedule import active_groups, learning_rate
 from server.checkpoint import Pending, StudyState
@@ -39,6 +50,7 @@ def plan_attempt(
     cohort: Sequence[str],
     histories: Mapping[str, int],
     sizes: Mapping[str, int],
+    versions: Mapping[str, int],
     now_unix_s: float,
 ) -> Pending:
     """Fix everything random or timed of an attempt, so that its requests can be made again byte for byte."""
@@ -50,6 +62,7 @@ def plan_attempt(
         nonce=secrets.token_hex(16),
         histories={site: histories.get(site, -1) for site in cohort},
         sizes={site: sizes.get(site, 0) for site in cohort},
+        versions={site: versions.get(site, OLDEST) for site in cohort},
     )
 
 
@@ -64,12 +77,13 @@ def stage_request(
     attempt: int,
     previous: str,
     nonce: str,
+    version: int,
 ) -> Envelope:
     """Sign one request; the nonce of an attempt gives each site and stage its own."""
     own = sha256_hex(f"{nonce}|{stage.value}|{site}|{round}".encode())[:32]
     return seal_request(
         key, study=study.sha256, round=round, attempt=attempt, stage=stage, sender=SERVER, recipient=site,
-        nonce=own, previous=previous, body=body,
+        nonce=own, previous=previous, body=body, version=version,
     )  # fmt: skip
 
 
@@ -91,11 +105,11 @@ def contribute_body(
     return pack_body(meta, opening, shown, vector_to_bytes(state.adapter))
 
 
-def hello_request(key: SigningKey, study: Study, site: str, *, train: bool) -> Envelope:
-    body = pack_body({"train": train, "speaks": format_speaks(running_release())})
+def hello_request(key: SigningKey, study: Study, site: str, *, train: bool, release: Speaks) -> Envelope:
+    body = pack_body({"train": train, "speaks": format_speaks(release)})
     return stage_request(
         key, study, Stage.HELLO, site, body, round=0, attempt=0, previous=GENESIS,
-        nonce=secrets.token_hex(16),
+        nonce=secrets.token_hex(16), version=HELLO_VERSION,
     )  # fmt: skip
 
 
@@ -106,12 +120,14 @@ def witness_request(
     state: StudyState,
     records: Sequence[SignedRecord],
     offer: WitnessOffer,
+    *,
+    version: int,
 ) -> Envelope:
     """Show a site the records it has not seen and ask it to cosign the checkpoint that covers them."""
     body = pack_body({}, pack_shown(records, offer.request, offer.entry, offer.proof))
     return stage_request(
         key, study, Stage.WITNESS, site, body, round=min(state.round + 1, study.rounds), attempt=0,
-        previous=state.record_sha256, nonce=secrets.token_hex(16),
+        previous=state.record_sha256, nonce=secrets.token_hex(16), version=version,
     )  # fmt: skip
 
 
@@ -138,7 +154,7 @@ class Hello:
     statements: tuple[bytes, ...]
 
 
-def parse_hello(reply: Message) -> Hello:
+def parse_hello(reply: Message, *, release: Speaks) -> Hello:
     """Parse a site's answer to hello; raises EnvelopeMalformed or VersionsTooFarApart."""
     meta, (approval, statements) = unpack_body(
         reply.body,
@@ -147,7 +163,7 @@ def parse_hello(reply: Message) -> Hello:
     )
     if meta["seen_size"] < 0 or meta["seen_round"] < -1:
         raise EnvelopeMalformed("hello: expected what was seen to be a round and a size, got less than none")
-    version = agree(running_release(), parse_speaks(meta["speaks"]))
+    version = agree(release, parse_speaks(meta["speaks"]))
     if len(statements) > MAX_STATEMENTS_BYTES:
         raise EnvelopeMalformed(f"hello: expected statements of at most {MAX_STATEMENTS_BYTES} bytes")
     lines = tuple(bytes(statements).split(b"\n")) if statements else ()

@@ -59,7 +59,6 @@ _ADVICE = {
     "LogForked": "The site saw another ledger: was an old copy of this server restored? Else an incident.",
     "LogShrunk": "The site saw a longer ledger: was an old copy of this server restored? Else an incident.",
     "SiteRevoked": "This site was revoked; a new enrolment lets it in again.",
-    "VersionUnsupported": "The two sides' versions are too far apart: upgrade the older one.",
     "VersionsTooFarApart": "The two sides' versions are too far apart: upgrade the older one.",
     "SignatureInvalid": "A reply was not signed by the site's key: treat as an incident.",
 }

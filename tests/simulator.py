@@ -28,6 +28,7 @@ from client.data.store import write_dataset
 from client.home import open_home
 from client.models import ModelPool
 from common.canonical import sha256_hex
+from common.compatibility import Speaks
 from common.config import Study, parse_study
 from common.errors import FedRadError
 from common.identity import SigningKey, load_key
@@ -200,7 +201,8 @@ class Consortium:
     """A signed study with its server directory and site homes below `out`, and agents in this process.
 
     `sent` lists (site, stage, round, attempt) of every request that reached a site's machine; `takes_s` says
-    how long a site is busy with a stage, and `wait_s` how long who waits in vain waits at a time.
+    how long a site is busy with a stage, and `wait_s` how long who waits in vain waits at a time; `release`
+    and `releases` are what the server and single sites speak where it is not what is installed.
     """
 
     out: Path
@@ -214,6 +216,8 @@ class Consortium:
     judge: Judge | None = None
     wait_s: float = WAIT_S
     takes_s: dict[tuple[str, str], float] = field(default_factory=dict)
+    release: Speaks | None = None
+    releases: dict[str, Speaks] = field(default_factory=dict)
     _agents: dict[str, SiteAgent] = field(default_factory=dict)
 
     @property
@@ -224,7 +228,9 @@ class Consortium:
         """The site's running agent, started where there is none."""
         if site not in self._agents:
             home = open_home(self.out / "sites" / site)
-            self._agents[site] = SiteAgent(home, models=POOL, clock=self.clock)
+            self._agents[site] = SiteAgent(
+                home, models=POOL, clock=self.clock, release=self.releases.get(site)
+            )
         return self._agents[site]
 
     def crash(self, site: str) -> None:
@@ -234,7 +240,7 @@ class Consortium:
 
     def relay(self, site: str, envelope: bytes) -> bytes | None:
         """Carry one request to a site and its reply back, through the hooks."""
-        header = read_header(envelope, max_body_bytes=1 << 40)
+        header = read_header(envelope, max_body_bytes=1 << 40, spoken=range(1, 100))
         self.sent.append((site, header.stage, header.round, header.attempt))
         request = self.before(site, header, envelope)
         if request is None:
@@ -250,7 +256,7 @@ class Consortium:
         """Run the server's remaining rounds, as a new server process would."""
         grid: Any = SimulatedGrid(self)
         with server_identity():
-            return run_study(grid, self.server, clock=self.clock, judge=self.judge)
+            return run_study(grid, self.server, clock=self.clock, judge=self.judge, release=self.release)
 
     def close(self) -> None:
         for site in list(self._agents):
@@ -361,7 +367,8 @@ def record(world: Consortium, site: str, directory: Path) -> Tape:
 def split_message(message: bytes | Envelope) -> tuple[Header, bytes, bytes]:
     """Header, signature and body of a message, nothing verified."""
     envelope = message if isinstance(message, Envelope) else cut_envelope(message)
-    return read_header(envelope, max_body_bytes=1 << 40), envelope.frame[-64:], bytes(envelope.body)
+    header = read_header(envelope, max_body_bytes=1 << 40, spoken=range(1, 100))
+    return header, envelope.frame[-64:], bytes(envelope.body)
 
 
 def refusal_of(reply: bytes | Envelope) -> str:

@@ -12,7 +12,6 @@ from common.compatibility import (
     format_speaks,
     parse_speaks,
     this_release,
-    verify_frame_version,
 )
 from common.errors import EnvelopeMalformed, VersionsTooFarApart
 from common.protocol import VERSION
@@ -84,14 +83,3 @@ def test_what_is_said_is_what_is_read(speaks: Speaks) -> None:
 def test_a_malformed_offer_is_refused(value: Any) -> None:
     with pytest.raises(EnvelopeMalformed):
         parse_speaks(value)
-
-
-@pytest.mark.parametrize(
-    ("version", "who"), [(9, "this side"), (1, "the other side"), ("2", "the other side")]
-)
-def test_a_frame_of_another_version_is_refused_and_says_whom_to_upgrade(version: Any, who: str) -> None:
-    own = Speaks(2, 3, "0.3.0")
-    verify_frame_version(2, own)
-    verify_frame_version(3, own)
-    with pytest.raises(VersionsTooFarApart, match=f"upgrade {who}"):
-        verify_frame_version(version, own)

@@ -20,7 +20,7 @@ from common.errors import (
     PreviousStateMismatch,
     SignatureInvalid,
     UnknownSender,
-    VersionUnsupported,
+    VersionsTooFarApart,
     WrongRecipient,
     WrongRound,
     WrongStage,
@@ -122,7 +122,7 @@ def test_a_message_of_a_known_but_other_sender_is_refused() -> None:
 def test_one_flipped_bit_of_the_header_is_refused(at: int) -> None:
     data = bytearray(request())
     data[at] ^= 1
-    with pytest.raises((EnvelopeMalformed, SignatureInvalid, VersionUnsupported)):
+    with pytest.raises((EnvelopeMalformed, SignatureInvalid, VersionsTooFarApart)):
         opened(bytes(data))
 
 
@@ -199,10 +199,40 @@ def test_a_header_field_of_another_form_is_refused(change: dict[str, Any]) -> No
         opened(with_header(**change))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_another_version_is_refused_by_name(version: Any) -> None:
-    with pytest.raises(VersionUnsupported):
+@pytest.mark.parametrize(("version", "who"), [(0, "sender"), (2, "receiver")])
+def test_another_version_is_refused_by_name_and_says_whom_to_upgrade(version: int, who: str) -> None:
+    with pytest.raises(VersionsTooFarApart, match=f"version 1, got version {version}; upgrade its {who}"):
         opened(with_header(version=version))
+
+
+@pytest.mark.parametrize("version", ["1", None, True, 1.5])
+def test_a_version_that_is_no_whole_number_is_refused(version: Any) -> None:
+    with pytest.raises(EnvelopeMalformed):
+        opened(with_header(version=version))
+
+
+def test_a_hello_is_read_by_every_release_and_nothing_else_is() -> None:
+    later = range(3, 5)
+    about = {"keys": KEYS, "expected": Expected(STUDY, "alpha"), "max_body_bytes": CAP, "spoken": later}
+    hello = protocol.open_message(with_header(stage="hello"), **about)  # type: ignore[arg-type]
+    assert hello.header.version == protocol.HELLO_VERSION
+    with pytest.raises(VersionsTooFarApart, match="version 3-4, got version 1; upgrade its sender"):
+        protocol.open_message(with_header(stage="contribute"), **about)  # type: ignore[arg-type]
+    with pytest.raises(VersionsTooFarApart):
+        protocol.open_message(with_header(stage="hello", version=2), **about)  # type: ignore[arg-type]
+
+
+def test_an_answer_is_in_the_version_of_its_request() -> None:
+    spoken = range(1, 8)
+    asked = protocol.open_message(
+        with_header(version=7),
+        keys=KEYS,
+        expected=Expected(STUDY, "alpha"),
+        max_body_bytes=CAP,
+        spoken=spoken,
+    )
+    reply = protocol.seal_reply(SITE, asked, nonce="0" * 32, body=b"")
+    assert protocol.read_header(reply, max_body_bytes=CAP, spoken=spoken).version == 7
 
 
 def test_a_body_that_the_header_does_not_describe_is_not_opened() -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.compatibility import Speaks
 from common.errors import CheckpointInvalid, RoundFailed, RunDirectoryBusy
 from common.model.lora import vector_sha256
 from common.protocol import Header, Kind, Stage
 from common.records import verify_chain
 from server.checkpoint import StudyDirectory, read_records
-from tests.simulator import SITES, Consortium, NodeDown, build, refusal_of
+from server.status import reason_name
+from tests.simulator import SITES, Consortium, NodeDown, build, refusal_of, split_message
 
 Make = Callable[..., Consortium]
 
@@ -115,6 +117,53 @@ def test_a_finished_study_run_again_changes_nothing(make: Make) -> None:
     second = world.run()
     assert vector_sha256(first.adapter) == vector_sha256(second.adapter)
     assert len(read_records(world.server)) == 2
+
+
+# --- releases that differ -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("server", "site", "version"),
+    [((1, 2), (1, 1), 1), ((1, 1), (1, 2), 1), ((1, 2), (1, 2), 2), ((2, 3), (1, 2), 2)],
+)
+def test_neighbouring_releases_use_the_newest_version_that_both_speak(
+    make: Make, server: tuple[int, int], site: tuple[int, int], version: int
+) -> None:
+    undisturbed = make(mode="consortium", rounds=2).run()
+    world = make(mode="consortium", rounds=2)
+    world.release = Speaks(*server, "0.2.0")
+    world.releases = {name: Speaks(*server, "0.2.0") for name in SITES} | {"beta": Speaks(*site, "0.3.0")}
+    used: set[tuple[str, bool, int]] = set()
+
+    def note(of: str, header: Header, data: bytes) -> bytes:
+        used.add((of, header.stage is Stage.HELLO, split_message(data)[0].version))
+        return data
+
+    world.before = world.after = note
+    assert vector_sha256(world.run().adapter) == vector_sha256(undisturbed.adapter)
+    assert {found for found in used if found[0] == "beta"} == {("beta", True, 1), ("beta", False, version)}
+    assert {found for found in used if found[0] == "alpha"} == {
+        ("alpha", True, 1),
+        ("alpha", False, server[1]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("server", "site", "behind"), [((3, 4), (1, 1), "the site"), ((1, 1), (2, 3), "the server")]
+)
+def test_releases_too_far_apart_are_refused_and_told_whom_to_upgrade(
+    make: Make, server: tuple[int, int], site: tuple[int, int], behind: str
+) -> None:
+    world = make(mode="consortium", rounds=1)
+    world.release = Speaks(*server, "0.4.0")
+    world.releases = {name: Speaks(*server, "0.4.0") for name in SITES} | {"beta": Speaks(*site, "0.1.0")}
+    world.run()
+    assert "beta" not in read_records(world.server)[0].record.contributors
+    reason = log(world, "site-not-ready")[0]["reason"]
+    assert (
+        reason.startswith("SiteRefused: VersionsTooFarApart") and f"upgrade {behind} to a release" in reason
+    )
+    assert reason_name(reason) == "VersionsTooFarApart"
 
 
 # --- sites that vanish --------------------------------------------------------------------------------------

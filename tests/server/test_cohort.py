@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
+from common.compatibility import running_release
 from common.errors import AdapterInvalid
 from common.protocol import Header, Stage
 from common.protocol import Message as SignedMessage
@@ -43,7 +44,10 @@ def greet(
     grace_s: float = 0.0,
 ) -> Outcome:
     among.present(wait_s=0.0, at_least=1)
-    requests = {site: hello_request(world.operator, world.study, site, train=True) for site in sites}
+    requests = {
+        site: hello_request(world.operator, world.study, site, train=True, release=running_release())
+        for site in sites
+    }
     return among.exchange(requests, accept=accept, until_unix_s=world.clock() + 600, grace_s=grace_s)
 
 
