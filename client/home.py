@@ -183,6 +183,16 @@ def open_home(directory: Path, *, credentials: Path | None = None) -> SiteHome:
     )
 
 
+def verify_site_folder(directory: Path, *, part: str) -> Path:
+    """Return the folder of a site's `part`; raises SiteHomeInvalid where neither it nor site.json is.
+
+    A site that only serves a release by folder has no settings; a mistyped folder has nothing.
+    """
+    if not (directory / part).is_dir() and not (directory / "site.json").is_file():
+        raise SiteHomeInvalid(f"{directory}: expected a site's directory, got none; is --home right?")
+    return directory / part
+
+
 def receive_study(home: SiteHome, manifest: bytes, operator_signature: bytes) -> Study:
     """Store a study offered by the operator; it runs only after `approve_study`.
 

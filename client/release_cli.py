@@ -149,20 +149,16 @@ def _in_use(version: int) -> str:
 
 def _access_log(home: Path) -> AccessLog:
     from client.access import AccessLog
-    from common.errors import AccessLogInvalid
+    from client.home import verify_site_folder
 
-    directory = home / "access"
-    if not directory.is_dir() and not (home / "site.json").is_file():
-        raise AccessLogInvalid(
-            f"{directory}: expected an access log, got none; is --home the site's directory?"
-        )
-    return AccessLog(directory)
+    return AccessLog(verify_site_folder(home, part="access"))
 
 
 def _store(home: Path) -> ModelStore:
+    from client.home import verify_site_folder
     from client.releases import ModelStore
 
-    return ModelStore(home / "models")
+    return ModelStore(verify_site_folder(home, part="models"))
 
 
 def _user() -> str:

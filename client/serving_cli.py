@@ -162,6 +162,10 @@ def token_add(
     as_json: Json = False,
 ) -> None:
     """Make a token, in place of the name's former one; it is shown once."""
+    from client.home import SiteHomeInvalid
+
+    if not home.is_dir():
+        raise SiteHomeInvalid(f"{home}: expected a site's directory, got none; is --home right?")
     token = _tokens(home).create(name, admin=admin)
     answer({"name": name, "admin": admin, "token": token}, as_json=as_json, text=lambda: token)
 
@@ -169,6 +173,9 @@ def token_add(
 @token_app.command("list")
 def token_list(home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
     """List who has a token."""
+    from client.home import verify_site_folder
+
+    verify_site_folder(home, part="serving")
     names = _tokens(home).names()
     answer(
         names,

@@ -111,10 +111,12 @@ def read_pacs_config(path: Path) -> PacsConfig:
     """Read and check a configuration file; raises PacsConfigInvalid."""
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise PacsConfigInvalid(f"{path}: expected at most {MAX_CONFIG_BYTES} bytes")
+            raise PacsConfigInvalid(f"expected at most {MAX_CONFIG_BYTES} bytes, got more")
         return parse_pacs_config(path.read_text(encoding="utf-8"), folder=path.absolute().parent)
     except (OSError, UnicodeDecodeError) as error:
         raise PacsConfigInvalid(f"{path}: expected a TOML file, got {type(error).__name__}") from error
+    except PacsConfigInvalid as error:
+        raise PacsConfigInvalid(f"{path}: {error}") from error
 
 
 def parse_pacs_config(text: str, *, folder: Path) -> PacsConfig:

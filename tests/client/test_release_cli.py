@@ -1,4 +1,4 @@
-"""`fedrad-site access …` where no site is: a mistyped folder is not an empty log."""
+"""A site's releases, users and tokens by command: a mistyped folder is not an empty site."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from typer.testing import CliRunner
 
 from client.access import AccessLog, Action
 from client.cli import app
-from common.errors import AccessLogInvalid
+from client.home import SiteHomeInvalid
 
 MAY = 1_778_000_000
 
 
-@pytest.mark.parametrize("command", [("list",), ("shred", "--before", "2026-06")])
-def test_a_folder_that_is_no_sites_has_no_access_log_and_gets_none(
-    tmp_path: Path, command: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        "access list",
+        "access shred --before 2026-06",
+        "model list",
+        "model verify",
+        "token list",
+        "token add me",
+    ],
+)
+def test_a_folder_that_is_not_there_is_refused_and_not_made(tmp_path: Path, command: str) -> None:
     home = tmp_path / "hoem"
-    result = CliRunner().invoke(app, ["access", *command, "--home", str(home)])
-    assert isinstance(result.exception, AccessLogInvalid) and "--home" in str(result.exception)
+    result = CliRunner().invoke(app, [*command.split(), "--home", str(home)])
+    assert isinstance(result.exception, SiteHomeInvalid) and "--home" in str(result.exception)
     assert not home.exists()
 
 

@@ -61,3 +61,11 @@ def test_unsafe_or_unknown_setting_is_refused(tmp_path: Path, change: tuple[str,
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PacsConfigInvalid):
         read_pacs_config(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("held", [b"", b"[", b"\xff", b"unknown = 1"])
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, held: bytes) -> None:
+    path = tmp_path / "pacs.toml"
+    path.write_bytes(held)
+    with pytest.raises(PacsConfigInvalid, match=r"pacs\.toml: "):
+        read_pacs_config(path)
