@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from server.status import StudyView
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A study directory, or the folder above.")]
+Directory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        envvar="FEDRAD_SERVER_HOME",
+        help="The server's directory, a study's, or one above studies.",
+    ),
+]
+_DEFAULT_HOME = Path("~/.fedrad-server").expanduser()
 
 
 def add_operator_commands(app: typer.Typer) -> None:
@@ -31,7 +39,7 @@ def add_operator_commands(app: typer.Typer) -> None:
 
 
 def status(
-    directory: Directory,
+    directory: Directory = _DEFAULT_HOME,
     watch: Annotated[bool, typer.Option("--watch", help="Stay, and show changes as they come.")] = False,
     every_s: Annotated[float, typer.Option("--every", min=0.5, help="Seconds between looks.")] = 2.0,
     as_json: Json = False,
@@ -62,8 +70,14 @@ def status(
 
 def page(
     directory: Annotated[
-        Path, typer.Option("--study", "--dir", help="Study directory, or the folder above.")
-    ],
+        Path,
+        typer.Option(
+            "--study",
+            "--dir",
+            envvar="FEDRAD_SERVER_HOME",
+            help="The server's directory, a study's, or one above studies.",
+        ),
+    ] = _DEFAULT_HOME,
     listen: Annotated[
         str, typer.Option("--listen", help="HOST:PORT; port 0 takes a free one.")
     ] = "127.0.0.1:8090",
@@ -102,7 +116,7 @@ def page(
 
 
 def metrics(
-    directory: Directory,
+    directory: Directory = _DEFAULT_HOME,
     listen: Annotated[
         str, typer.Option("--listen", help="HOST:PORT; port 0 takes a free one.")
     ] = "127.0.0.1:9464",
@@ -118,7 +132,7 @@ def metrics(
 
 
 def traces(
-    directory: Directory,
+    directory: Directory = _DEFAULT_HOME,
     once: Annotated[bool, typer.Option("--once", help="Send all that has been logged, and end.")] = False,
     every_s: Annotated[float, typer.Option("--every", min=0.5, help="Seconds between looks.")] = 5.0,
     as_json: Json = False,
@@ -203,6 +217,8 @@ def draw(views: list[StudyView], *, now_s: float) -> RenderableType:
     """Draw studies for a terminal."""
     from rich.console import Group
 
+    if not views:
+        return "no study yet"
     parts: list[RenderableType] = []
     for view in views:
         parts += [_heading(view, now_s=now_s), _sites(view), ""]

@@ -170,11 +170,14 @@ def advice(reason: str) -> str:
 
 
 def find_studies(directory: Path) -> list[Path]:
-    """List the study directories that `directory` is or holds, two levels down; raises CheckpointInvalid."""
+    """List the study directories that `directory` is or holds, two levels down.
+
+    Raises CheckpointInvalid where there is none, unless it is a server's own directory (`server.json`).
+    """
     found = [directory] if (directory / "study.json").is_file() else []
     for pattern in ("*/study.json", "*/*/study.json"):
         found += [path.parent for path in directory.glob(pattern) if (path.parent / "operator.sig").is_file()]
-    if not found:
+    if not found and not (directory / "server.json").is_file():
         raise CheckpointInvalid(f"{directory}: expected a study directory, or studies below, got none")
     return sorted(set(found))
 

@@ -183,6 +183,8 @@ def _views(directory: Path) -> tuple[list[StudyView], list[str]]:
     try:
         directories = find_studies(directory)
     except CheckpointInvalid:
+        directories = []
+    if not directories:
         return [], ["There is no study in this directory yet."]
     for path in directories:
         try:

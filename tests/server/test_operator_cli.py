@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from common.canonical import canonical_json
+from common.errors import CheckpointInvalid
 from server.cli import app
 from server.operator_cli import draw
 from server.status import read_view
@@ -59,6 +60,20 @@ def test_a_late_site_is_shown_with_how_late_it_was(tmp_path: Path) -> None:
 def test_no_line_is_wider_than_the_terminal(tmp_path: Path, width: int) -> None:
     eventful(tmp_path)
     assert max(map(len, text_of(tmp_path, width=width).splitlines())) <= width
+
+
+def test_without_a_directory_it_is_the_servers_own(tmp_path: Path) -> None:
+    eventful(tmp_path / "studies" / "chest")
+    done = CliRunner().invoke(app, ["status", "--json"], env={"FEDRAD_SERVER_HOME": str(tmp_path)})
+    assert [view["id"] for view in json.loads(done.stdout)] == ["chest"]
+
+
+def test_a_server_without_studies_yet_says_so_and_another_folder_is_refused(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["status", str(tmp_path)])
+    assert isinstance(refused.exception, CheckpointInvalid)
+    (tmp_path / "server.json").write_text("{}")
+    assert CliRunner().invoke(app, ["status", str(tmp_path)]).stdout == "no study yet\n"
+    assert json.loads(CliRunner().invoke(app, ["status", str(tmp_path), "--json"]).stdout) == []
 
 
 def test_json_is_one_document(tmp_path: Path) -> None:
