@@ -1,8 +1,10 @@
 """Studies in the operator's directory: submitted with enrolled keys, offered to sites, approved by each.
 
 Guarantees: a study is signed only over keys that the registry holds; an approval is kept only when the site's
-pinned key made it over exactly this manifest; `verify_ready` passes only when every site of the manifest has
-approved and still takes part with the keys that the manifest pins.
+pinned key made it over exactly this manifest; `verify_ready` passes before a study's first start only when
+every site of the manifest has approved and takes part with the keys that the manifest pins. A study that has
+begun goes on with those that still do, down to its floor: the withdrawal or revocation of one site takes out
+that site alone.
 """
 
 from __future__ import annotations
@@ -29,14 +31,21 @@ from server.consortium import ServerHome
 from server.enrolment import approved_site
 from server.studies import SiteKeys, resolve_study, write_study
 
+EVENTS_NAME = "log.jsonl"  # its first line is the ServerApp's first act (server/checkpoint.py)
+
 
 @dataclass(frozen=True)
 class Submitted:
-    """A study in the operator's directory; `missing` says per site why it does not take part yet."""
+    """A study in the operator's directory; `missing` says per site why it does not take part."""
 
     directory: Path
     study: Study
     missing: dict[str, str]
+
+    @property
+    def begun(self) -> bool:
+        """Tell whether its ServerApp was started once, when every site had approved."""
+        return (self.directory / EVENTS_NAME).is_file()
 
 
 def submit_study(
@@ -148,11 +157,18 @@ def missing_approvals(home: ServerHome, directory: Path, study: Study) -> dict[s
 
 
 def verify_ready(submitted: Submitted) -> None:
-    """Raise StudyNotReady unless every site of the manifest approved it and takes part."""
-    if submitted.missing:
-        reasons = "; ".join(f"{site} {reason}" for site, reason in sorted(submitted.missing.items()))
+    """Raise StudyNotReady unless every site takes part or, once the study has begun, cohort.min_sites do."""
+    if not submitted.missing:
+        return
+    study = submitted.study
+    reasons = "; ".join(f"{site} {reason}" for site, reason in sorted(submitted.missing.items()))
+    if not submitted.begun:
+        raise StudyNotReady(f"study {study.study.id}: expected the approval of every site, got: {reasons}")
+    left = len(study.site_ids) - len(submitted.missing)
+    if left < study.cohort.min_sites:
         raise StudyNotReady(
-            f"study {submitted.study.study.id}: expected the approval of every site, got: {reasons}"
+            f"study {study.study.id}: to go on, expected at least {study.cohort.min_sites} of its sites "
+            f"(cohort.min_sites), got {left}: {reasons}"
         )
 
 

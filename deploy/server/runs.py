@@ -2,7 +2,8 @@
 
 Guarantees: a study is started only when `server.submission.verify_ready` passes at that moment; one ServerApp
 per study (the study directory's lock says whether one lives); a ServerApp that dies is started again and goes
-on from its last durable step; a named refusal that no retry can change ends the study until the operator says
+on from its last durable step, with the sites that still take part; a site that withdrew or was revoked is
+asked for nothing more; a named refusal that no retry can change ends the study until the operator says
 `study resume`. Flower's own run state is not trusted to survive: a run whose ServerApp is gone is stopped.
 """
 
@@ -105,7 +106,8 @@ class StudyRuns:
         (submitted.directory / OUTCOME_NAME).unlink(missing_ok=True)
         run_id = self._control.start_run(FAB, {"study-dir": str(submitted.directory.absolute())})
         self._runs[name] = _Run(run_id, self._clock())
-        log.info("study %s starts", name, extra={"study": submitted.study.sha256})
+        without = f", without {', '.join(sorted(submitted.missing))}" if submitted.missing else ""
+        log.info("study %s starts%s", name, without, extra={"study": submitted.study.sha256})
 
     def _follow(self, name: str, submitted: Submitted, run: _Run) -> None:
         """Look at Flower's word and at the study's lock; forget a run that is over."""
@@ -147,7 +149,7 @@ class StudyRuns:
         mine = {
             site: nodes[site]
             for site in submitted.study.site_ids
-            if site in nodes and submitted.missing.get(site) not in ("revoked", "not enrolled")
+            if site in nodes and site not in submitted.missing
         }
         path = submitted.directory / NODES_NAME
         data = json.dumps(mine, sort_keys=True).encode()

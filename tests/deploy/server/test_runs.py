@@ -5,14 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.ledger.entries import RevocationReason
 from deploy.local.control import RunStatus
 from deploy.server.app import NODES_NAME, OUTCOME_NAME
 from deploy.server.runs import StudyRuns, is_held, resume
+from server.enrolment import revoke
 from server.submission import find_submitted, withdraw_approval
 from tests.deploy.server.test_endpoint import Scene
 
@@ -65,6 +68,23 @@ class Stage:
     def tick(self, after_s: float = 1.0) -> str:
         self.now[0] += after_s
         return str(self.runs.tick({"north": 1, "south": 2, "west": 3})["chest"]["state"])
+
+    def begin(self) -> None:
+        """Let every site approve and the ServerApp write its first line."""
+        self.approve("north", "south")
+        self.tick()
+        (self.directory / "log.jsonl").write_text('{"event": "started"}\n')
+
+    def revoke(self, site: str) -> None:
+        now, home = datetime.now(UTC), self.scene.home
+        revoke(home, self.scene.authority, site, reason=RevocationReason.LEFT, now=now)
+
+    def said(self) -> dict[str, Any]:
+        return self.runs.tick({"north": 1, "south": 2, "west": 3})["chest"]
+
+    def nodes(self) -> dict[str, int]:
+        nodes: dict[str, int] = json.loads((self.directory / NODES_NAME).read_text())
+        return nodes
 
     def end(self, state: str = "", reason: str = "") -> None:
         if state:
@@ -139,12 +159,60 @@ def test_a_named_refusal_is_final_until_the_operator_says_resume(stage: Stage, r
     assert stage.tick(1e6) == "running"
 
 
-def test_a_withdrawn_approval_keeps_a_crashed_study_down(stage: Stage) -> None:
+def test_a_withdrawal_before_a_study_has_begun_keeps_it_down(stage: Stage) -> None:
     stage.approve("north", "south")
-    stage.tick()
-    stage.end()
     withdraw_approval(stage.scene.home, "chest", "south")
     assert [stage.tick(), stage.tick(1e6)] == ["waiting", "waiting"]
+    assert not stage.flower.started
+
+
+def test_a_withdrawal_does_not_hold_the_others_hostage_after_a_crash(stage: Stage) -> None:
+    stage.begin()
+    withdraw_approval(stage.scene.home, "chest", "south")
+    assert stage.tick() == "running"
+    stage.end()
+    assert [stage.tick(), stage.tick(6.0)] == ["retrying", "running"]
+    said = stage.said()
+    assert said["missing"] == {"south": "has not approved"} and said["reason"] == ""
+    assert len(stage.flower.started) == 2
+
+
+def test_a_revoked_site_does_not_hold_the_others_hostage_after_a_crash(stage: Stage) -> None:
+    stage.begin()
+    stage.revoke("south")
+    stage.end()
+    assert [stage.tick(), stage.tick(6.0)] == ["retrying", "running"]
+    assert stage.said()["missing"] == {"south": "revoked"}
+
+
+def test_a_study_that_has_begun_starts_again_under_a_new_server(stage: Stage) -> None:
+    stage.begin()
+    stage.revoke("south")
+    stage.end()
+    runs = StudyRuns(stage.scene.home, stage.flower, clock=lambda: 0.0)  # type: ignore[arg-type]
+    assert runs.tick({"north": 1})["chest"]["state"] == "running"
+
+
+def test_below_the_floor_a_study_that_has_begun_waits_and_says_for_whom(stage: Stage) -> None:
+    stage.begin()
+    stage.revoke("south")
+    withdraw_approval(stage.scene.home, "chest", "north")
+    stage.end()
+    assert [stage.tick(), stage.tick(1e6)] == ["waiting", "waiting"]
+    assert "expected at least 1 of its sites (cohort.min_sites), got 0" in stage.said()["reason"]
+    assert "north has not approved; south revoked" in stage.said()["reason"]
+    stage.approve("north")
+    assert stage.tick() == "running"
+
+
+def test_who_withdrew_is_not_spoken_to_until_it_approves_again(stage: Stage) -> None:
+    stage.begin()
+    withdraw_approval(stage.scene.home, "chest", "south")
+    stage.tick()
+    assert stage.nodes() == {"north": 1}
+    stage.approve("south")
+    stage.tick()
+    assert stage.nodes() == {"north": 1, "south": 2}
 
 
 def test_a_run_that_never_begins_is_stopped_and_tried_again(stage: Stage) -> None:
