@@ -270,13 +270,14 @@ def check_server(facts: ServerFacts) -> list[Finding]:
     steps = {
         "dns": (
             "dns",
-            ", ".join(facts.addresses) or "the name is left to the proxy",
+            ", ".join(facts.addresses),
             "have the name added to the hospital's DNS, or to /etc/hosts",
         ),
         "proxy": (
             "proxy",
             facts.proxy or "none",
-            "ask for CONNECT to this host and port to be allowed, or set --proxy (FEDRAD_PROXY)",
+            "ask for CONNECT to this host and port to be allowed, or set --proxy (FEDRAD_PROXY), "
+            "http://HOST:PORT",
         ),
         "connect": (
             "connection",
@@ -299,7 +300,8 @@ def check_server(facts: ServerFacts) -> list[Finding]:
     for step, (name, seen, todo) in steps.items():
         if step == facts.failed:
             return [*found, Finding(name, State.FAIL, facts.error, todo)]
-        if step != "proxy" or facts.proxy:
+        looked_up = facts.addresses or step != "dns"  # nothing is, for a proxy that is refused by its form
+        if looked_up and (step != "proxy" or facts.proxy):
             found.append(Finding(name, State.OK, seen))
     if facts.date_unix_s is not None:
         found.append(check_clock(facts.asked_unix_s - facts.date_unix_s, uncertain_s=1.0 + facts.took_s))

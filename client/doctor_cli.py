@@ -11,8 +11,6 @@ import typer
 from common.terminal import answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from client.doctor import Finding
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -45,11 +43,12 @@ def doctor(
     """Check card, torch, disk, clock, network, certificates, data and bases, and say what to do."""
     from client.doctor import State, examine, worst
     from client.doctor_facts import gather
+    from client.proxy import choose_proxy
     from common.terminal import bars
 
     with bars() as progress:
         facts = gather(
-            home, proxy=_proxy(proxy), hash_bases=not quick,
+            home, proxy=choose_proxy(proxy), hash_bases=not quick,
             say=lambda what: progress.say(f"looking at {what}") if sys.stderr.isatty() else None,
         )  # fmt: skip
     findings = examine(facts, gpu_required=gpu)
@@ -110,16 +109,6 @@ def traces(
     )
     path = (socket or home / "run" / "agent.sock").absolute()
     follow(f"unix:{path}", spans, Outbox(collector), stop=say_and_stop_on_signal(collector))
-
-
-def _proxy(given: str | None) -> Callable[[str], str]:
-    import urllib.request
-
-    if given is not None:
-        return lambda host: "" if given == "none" else given
-    return lambda host: (
-        "" if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get("https", "")
-    )
 
 
 def _print(findings: tuple[Finding, ...]) -> None:

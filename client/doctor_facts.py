@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from client.doctor import (
     BaseFacts,
@@ -33,7 +32,8 @@ from client.doctor import (
 )
 from client.hardware import Card, Wheel, measure_base
 from client.home import SiteHome, list_studies, open_home, read_study
-from common.errors import FedRadError
+from client.proxy import connect_through, parse_proxy
+from common.errors import FedRadError, ProxyUnsupported, ServerUnreachable
 
 _PACKAGES = ("torch", "transformers", "peft", "flwr", "grpcio", "safetensors", "dp-accounting", "opacus")
 _TIMEOUT_S = 10.0
@@ -295,9 +295,12 @@ def probe_server(
 ) -> ServerFacts:
     """Go the way that the site's link goes: name, proxy, connection, TLS both ways, an answer with a date."""
     host, port = address.rpartition(":")[0].strip("[]"), int(address.rpartition(":")[2])
-    where = urlsplit(proxy)
-    shown = f"{where.hostname}:{where.port or 3128}" if proxy else ""
-    first = (where.hostname or "", where.port or 3128) if proxy else (host, port)
+    try:
+        where = parse_proxy(proxy)
+    except ProxyUnsupported as error:
+        return ServerFacts(address, "", failed="proxy", error=_named(error))
+    shown = where.address if where else ""
+    first = (where.host, where.port) if where else (host, port)
     try:
         found = socket.getaddrinfo(*first, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -313,12 +316,12 @@ def probe_server(
             plain = stack.enter_context(socket.create_connection(first, timeout=_TIMEOUT_S))
         except OSError as error:
             return failed(
-                "proxy" if proxy else "connect", f"{first[0]}:{first[1]}: {error.strerror or error}"
+                "proxy" if where else "connect", f"{first[0]}:{first[1]}: {error.strerror or error}"
             )
-        if proxy:
+        if where:
             try:
-                _connect_through(plain, host, port, where.username, where.password)
-            except (OSError, ValueError) as error:
+                connect_through(plain, where, host=host, port=port)
+            except (OSError, ServerUnreachable) as error:
                 return failed("proxy", f"{shown}: {error}")
         try:
             secure = stack.enter_context(context().wrap_socket(plain, server_hostname=host))
@@ -344,27 +347,3 @@ def probe_server(
         return ServerFacts(
             address, shown, addresses, date_unix_s=date, asked_unix_s=asked, took_s=clock() - started
         )
-
-
-def _connect_through(
-    connection: socket.socket, host: str, port: int, user: str | None, password: str | None
-) -> None:
-    """Ask an HTTP proxy to connect; raises ValueError with its words."""
-    import base64
-    from urllib.parse import unquote
-
-    name = f"[{host}]" if ":" in host else host
-    lines = [f"CONNECT {name}:{port} HTTP/1.1", f"Host: {name}:{port}"]
-    if user:
-        login = base64.b64encode(f"{unquote(user)}:{unquote(password or '')}".encode()).decode()
-        lines.append(f"Proxy-Authorization: Basic {login}")
-    connection.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
-    head = b""
-    while b"\r\n\r\n" not in head:
-        piece = connection.recv(1)  # not a byte of what follows
-        if not piece or len(head) > 16_384:
-            raise ValueError("it closed the connection")
-        head += piece
-    status = head.split(b"\r\n", 1)[0].decode("latin-1")
-    if status.split(" ")[1:2] != ["200"]:
-        raise ValueError(status[:100])

@@ -656,6 +656,10 @@ class ServerUnreachable(FedRadError):
     """The server cannot be reached: name, route, proxy or certificate; the message says which."""
 
 
+class ProxyUnsupported(ServerUnreachable):
+    """The hospital's proxy is set in a form, or spoken to in a way, that this release does not know."""
+
+
 class ConsortiumInvalid(FedRadError):
     """The operator's directory is missing, incomplete or has a wrong field."""
 

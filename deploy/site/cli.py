@@ -12,7 +12,6 @@ from common.terminal import answer, run_program
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
 
     from client.home import SiteHome
 
@@ -50,6 +49,7 @@ def up(
     runtime_port: Annotated[int, typer.Option("--runtime-port", help="On loopback; 0 takes a free one.")] = 0,
 ) -> None:
     """Run the site until it is told to stop: agent, connection, SuperNode and ClientApp."""
+    from client.proxy import choose_proxy, format_proxy, parse_proxy
     from deploy.site.up import SiteOptions, run_site
 
     opened = _open(home)
@@ -59,7 +59,7 @@ def up(
         run_directory=run_dir.absolute() if run_dir else None,
         gateway_port=gateway_port,
         runtime_port=runtime_port,
-        proxy=_proxy(proxy)(_server_host(opened)),
+        proxy=format_proxy(parse_proxy(choose_proxy(proxy)(_server_host(opened)))),
     )
     run_site(opened, options, stop=_stop_on_signal())
 
@@ -72,10 +72,11 @@ def link(
     proxy: ProxyOption = None,
 ) -> None:
     """Run the connection alone: gateway, renewal, studies (the site's user; part of `up`)."""
+    from client.proxy import choose_proxy
     from deploy.site.link import SiteLink
 
     stop = _stop_on_signal()
-    SiteLink(_open(home), port=port, proxy=_proxy(proxy), host=host).run(stop)
+    SiteLink(_open(home), port=port, proxy=choose_proxy(proxy), host=host).run(stop)
 
 
 @app.command("relay-files")
@@ -146,17 +147,6 @@ def _server_host(home: SiteHome) -> str:
     from client.enrolment import read_enrolled
 
     return read_enrolled(home).host
-
-
-def _proxy(given: str | None) -> Callable[[str], str]:
-    """Say which proxy leads to a host: the given one, else the environment's, as other programs read it."""
-    import urllib.request
-
-    if given is not None:
-        return lambda _host: "" if given == "none" else given
-    return lambda host: (
-        "" if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get("https", "")
-    )
 
 
 def _stop_on_signal() -> threading.Event:

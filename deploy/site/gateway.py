@@ -13,7 +13,6 @@ signatures are what count there.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import http.client
 import json
@@ -27,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
+from client.proxy import connect_through, parse_proxy
 from common.errors import ServerUnreachable, SiteRevoked
 from deploy.local.certificates import LoopbackTls
 
@@ -38,14 +37,13 @@ _CONNECT_S = 20.0
 _PIECE = 256 << 10
 _MAX_CONNECTIONS = 64
 _MAX_ANSWER_BYTES = 64 << 20
-_PROXY_HEAD_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
 class Route:
     """How the server is reached: its address, whom to believe, what to show, and a proxy or an empty text.
 
-    `proxy` is `http://[USER:PASSWORD@]HOST:PORT`.
+    `proxy` is what client/proxy.py parses.
     """
 
     host: str
@@ -66,12 +64,13 @@ class Route:
 
 
 def open_route(route: Route, *, timeout_s: float = _CONNECT_S) -> socket.socket:
-    """Connect to the server, or through the proxy to it, without TLS yet; raises ServerUnreachable."""
-    where = urlsplit(route.proxy) if route.proxy else None
-    if where is not None and (where.scheme != "http" or not where.hostname):
-        raise ServerUnreachable(f"proxy: expected http://HOST:PORT, got {where.scheme}://…")
-    host, port = (where.hostname or "", where.port or 3128) if where else (route.host, route.port)
-    what = "proxy" if where else "server"
+    """Connect to the server, or through the proxy to it, without TLS yet.
+
+    Raises ServerUnreachable, for a proxy of an unknown kind (ProxyUnsupported) before anything is connected.
+    """
+    proxy = parse_proxy(route.proxy)
+    host, port = (proxy.host, proxy.port) if proxy else (route.host, route.port)
+    what = "proxy" if proxy else "server"
     try:
         connection = socket.create_connection((host, port), timeout=timeout_s)
     except socket.gaierror as error:
@@ -79,9 +78,9 @@ def open_route(route: Route, *, timeout_s: float = _CONNECT_S) -> socket.socket:
     except OSError as error:
         reason = error.strerror or "no answer in time"
         raise ServerUnreachable(f"{what} {host}:{port}: expected a connection, got: {reason}") from error
-    if where is not None:
+    if proxy:
         try:
-            _ask_proxy(connection, route, where.username, where.password)
+            connect_through(connection, proxy, host=route.host, port=route.port)
         except OSError as error:
             connection.close()
             raise ServerUnreachable(f"proxy {host}:{port}: expected it to connect, got: {error}") from error
@@ -272,26 +271,3 @@ class Gateway:
             yield
         finally:
             self._open -= 1
-
-
-def _ask_proxy(connection: socket.socket, route: Route, user: str | None, password: str | None) -> None:
-    """Have an HTTP proxy connect to the server; raises ServerUnreachable with its answer."""
-    target = f"{route.host}:{route.port}"
-    head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
-    if user:
-        token = base64.b64encode(f"{unquote(user)}:{unquote(password or '')}".encode()).decode()
-        head += f"Proxy-Authorization: Basic {token}\r\n"
-    connection.sendall(head.encode() + b"\r\n")
-    answer = b""
-    while not answer.endswith(b"\r\n\r\n"):
-        piece = connection.recv(1)  # not a byte more: what follows is the server's
-        if not piece or len(answer) > _PROXY_HEAD_BYTES:
-            break
-        answer += piece
-    status = answer.split(b"\r\n", 1)[0].decode("latin-1", "replace")
-    words = status.split(" ", 2)
-    if len(words) < 2 or words[1] != "200":
-        raise ServerUnreachable(
-            f"proxy: expected it to connect to {target}, got {status[:100]!r}"
-            + ("; user and password belong into its address" if "407" in status else "")
-        )

@@ -40,14 +40,14 @@ _MAX_SOCKET_PATH = 100
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOptions:
-    """How a site is run; ports of 0 are chosen free, an empty proxy means none."""
+    """How a site is run; ports of 0 are chosen free."""
 
     relay_user: str = ""
     relay_directory: Path | None = None
     run_directory: Path | None = None
     gateway_port: int = 0
     runtime_port: int = 0
-    proxy: str = ""
+    proxy: str = "none"
 
 
 def run_site(home: SiteHome, options: SiteOptions, *, stop: threading.Event) -> None:
@@ -160,7 +160,7 @@ class _Site:
             "link",
             "deploy.site.cli",
             *("link", "--home", str(self._home.directory.absolute()), "--port", str(self._gateway_port)),
-            FEDRAD_PROXY=self._options.proxy or "none",  # it may hold a password: no argument
+            FEDRAD_PROXY=self._options.proxy,  # it may hold a password: no argument
         )
 
     def _own(self, name: str, module: str, *arguments: str, **more: str) -> Program:

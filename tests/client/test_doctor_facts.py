@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from client.doctor import State, check_server
 from client.doctor_facts import _base, _damaged_cases, _data, _keys, gather_machine, parse_cards, probe_server
 from client.home import SiteHome, create_home
 from common.model.tiny import tiny_base_directory
@@ -150,6 +151,24 @@ def test_a_proxy_that_refuses_is_named(
     )
     assert facts.failed == "proxy"
     assert "403" in facts.error
+
+
+@pytest.mark.parametrize("text", ["https://127.0.0.1:{port}", "socks5://127.0.0.1:{port}"])
+def test_a_proxy_of_another_kind_is_named_before_anything_is_connected(
+    server: tuple[int, list[float]], proxy: tuple[int, list[str]], tls: LoopbackTls, text: str
+) -> None:
+    facts = probe_server(f"127.0.0.1:{server[0]}", proxy=text.format(port=proxy[0]), context=context_of(tls))
+    assert facts.failed == "proxy" and facts.error.startswith("ProxyUnsupported: ")
+    assert proxy[1] == []
+    [finding] = check_server(facts)
+    assert (finding.check, finding.state) == ("proxy", State.FAIL)
+
+
+def test_a_proxy_without_a_scheme_is_an_http_proxy(
+    server: tuple[int, list[float]], proxy: tuple[int, list[str]], tls: LoopbackTls
+) -> None:
+    facts = probe_server(f"127.0.0.1:{server[0]}", proxy=f"127.0.0.1:{proxy[0]}", context=context_of(tls))
+    assert facts.failed == "" and len(proxy[1]) == 1
 
 
 def test_a_server_of_another_authority_is_not_believed(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from common.errors import ServerUnreachable, SiteRevoked
+from common.errors import ProxyUnsupported, ServerUnreachable, SiteRevoked
 from deploy.local.certificates import write_loopback_tls
 from deploy.site.gateway import Gateway, Route, ask_server, open_route
 from server.authority import create_authority
@@ -221,6 +221,19 @@ def test_bytes_go_out_through_a_proxy_with_a_password(server: Server, tmp_path: 
             open_route(replace(server.route, proxy=f"http://127.0.0.1:{proxy.port}"))
 
 
+def test_a_proxy_is_used_without_a_scheme_and_refused_by_another(server: Server, tmp_path: Path) -> None:
+    with connect_proxy() as proxy:
+        address = f"127.0.0.1:{proxy.port}"
+        with pytest.raises(ProxyUnsupported, match="https://"):
+            open_route(replace(server.route, proxy=f"https://{address}"))
+        assert proxy.asked == []
+        with (
+            running(replace(server.route, proxy=address), tmp_path) as (gateway, context),
+            dialled(gateway, context) as connection,
+        ):
+            assert say(connection, b"hello\n") == b"north hello\n"
+
+
 def test_after_a_cut_the_next_connection_gets_through(server: Server, tmp_path: Path) -> None:
     with connect_proxy() as proxy:
         route = replace(server.route, proxy=f"http://127.0.0.1:{proxy.port}")
@@ -256,7 +269,7 @@ def test_a_server_of_another_authority_is_not_believed(server: Server, tmp_path:
     [
         ({"host": "no-such-host.invalid"}, "a name that DNS knows"),
         ({"port": 1}, "refused"),
-        ({"proxy": "socks5://127.0.0.1:1"}, "http://HOST:PORT"),
+        ({"proxy": "socks5://127.0.0.1:1"}, "http://.*HOST:PORT"),
         ({"proxy": "http://127.0.0.1:1"}, "proxy 127.0.0.1:1"),
     ],
 )

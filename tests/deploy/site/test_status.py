@@ -15,6 +15,7 @@ from client.home import SiteHome, approve_study, create_home, receive_study, ref
 from client.state import Seen, SiteState
 from common.config import format_study
 from common.enrolment import fingerprint_of
+from common.errors import ProxyUnsupported
 from common.identity import Purpose
 from common.model.tiny import tiny_base_directory
 from deploy.site.status import read_status, words
@@ -91,6 +92,16 @@ def test_the_connection_is_said_in_words(
 ) -> None:
     write_run(scene[0], link=link)
     assert expected in said(scene[0])
+
+
+def test_a_proxy_of_an_unknown_kind_is_refused_before_anything_starts(
+    scene: tuple[SiteHome, Any, str],
+) -> None:
+    from deploy.site.cli import app
+
+    with pytest.raises(ProxyUnsupported, match="https"):
+        app(["up", "--home", str(scene[0].directory), "--proxy", "https://proxy:3129"], standalone_mode=False)
+    assert not (scene[0].directory / "run" / "supervisor.lock").exists()
 
 
 def test_a_program_that_does_not_run_is_named_with_its_log(scene: tuple[SiteHome, Any, str]) -> None:
