@@ -2,18 +2,21 @@
 
 The nodes that a study may talk to lie in its directory (`nodes.json`, written by `fedrad-server up` from the
 registry and read again before every round). Guarantees: no message goes to a node of another site, also not
-to ask who it is; a node that says it is another site than the one whose key it holds is not believed; a
-revoked site is out at the next round. It writes how the study ended to `outcome.json`.
+to ask who it is; a node that says it is another site than the one whose key it holds is not believed; a site
+that was revoked or withdrew is out at the next round, and what would still go to it counts as lost. It writes
+how the study ended to `outcome.json`.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Error, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import FedRadError
@@ -23,6 +26,7 @@ from server.app import run_study
 
 NODES_NAME = "nodes.json"
 OUTCOME_NAME = "outcome.json"
+_NO_LONGER = Error(ErrorCode.NODE_UNAVAILABLE, "this site no longer takes part in the study")
 
 app = ServerApp()
 
@@ -46,6 +50,8 @@ class StudyGrid(Grid):
         self._grid = grid
         self._path = nodes
         self._site_of: dict[int, str] = {}
+        self._gone: set[int] = set()
+        self._unsent: dict[str, Message] = {}
         self._whoami: dict[str, int] = {}
 
     def set_run(self, run_id: int) -> None:
@@ -60,27 +66,40 @@ class StudyGrid(Grid):
 
     def get_node_ids(self, *arguments: Any, **named: Any) -> Iterable[int]:
         """Return the connected nodes of this study's sites, as the registry has them now."""
-        sites = read_nodes(self._path)
-        self._site_of = {node: site for site, node in sites.items()}
+        before = self._gone | self._site_of.keys()
+        self._site_of = {node: site for site, node in read_nodes(self._path).items()}
+        self._gone = before - self._site_of.keys()
         return [node for node in self._grid.get_node_ids(*arguments, **named) if node in self._site_of]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        allowed = list(messages)
-        for message in allowed:
+        """Send to the study's nodes; what is for one that was taken out since stays here, undelivered."""
+        given = list(messages)
+        for message in given:
             node = message.metadata.dst_node_id
-            if node not in self._site_of:
+            if node not in self._site_of and node not in self._gone:
                 raise StudyNodeUnknown(f"expected a node of this study's sites, got node {node}")
-        ids = list(self._grid.push_messages(allowed))
-        for message_id, message in zip(ids, allowed, strict=True):
-            self._whoami[message_id] = message.metadata.dst_node_id
+        allowed = [message for message in given if message.metadata.dst_node_id in self._site_of]
+        pushed = iter(self._grid.push_messages(allowed)) if allowed else iter(())
+        ids = []
+        for message in given:
+            node = message.metadata.dst_node_id
+            if node in self._site_of:
+                ids.append(next(pushed))
+                self._whoami[ids[-1]] = node
+            else:
+                ids.append(f"unsent-{secrets.token_hex(8)}")
+                self._unsent[ids[-1]] = message
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        replies = list(self._grid.pull_messages(message_ids))
+        asked = list(message_ids)
+        unsent = [self._unsent.pop(name) for name in asked if name in self._unsent]
+        sent = [name for name in asked if not name.startswith("unsent-")]
+        replies = list(self._grid.pull_messages(sent)) if sent else []
         for reply in replies:
             node = self._whoami.pop(reply.metadata.reply_to_message_id, 0)
             self._correct_claim(reply, self._site_of.get(node, ""))
-        return replies
+        return [*replies, *(Message(_NO_LONGER, reply_to=message) for message in unsent)]
 
     def send_and_receive(self, *arguments: Any, **named: Any) -> Iterable[Message]:
         raise NotImplementedError("a study pushes and pulls")

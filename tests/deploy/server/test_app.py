@@ -115,12 +115,16 @@ def test_an_error_reply_passes(tmp_path: Path) -> None:
 
 
 def test_a_site_taken_out_is_out_at_the_next_look(tmp_path: Path) -> None:
-    grid, _ = grid_over(tmp_path, {})
+    grid, inner = grid_over(tmp_path, {NORTH: "north"})
     assert SOUTH in grid.get_node_ids()
     (tmp_path / "nodes.json").write_text(json.dumps({"north": NORTH}))
     assert list(grid.get_node_ids()) == [NORTH]
-    with pytest.raises(StudyNodeUnknown):
-        grid.push_messages([whoami(SOUTH)])
+    gone, there = grid.push_messages([whoami(SOUTH), whoami(NORTH)])
+    assert [message.metadata.dst_node_id for message in inner.sent] == [NORTH]
+    [reply] = grid.pull_messages([gone])  # others' exchange goes on without it
+    assert reply.has_error() and "no longer" in reply.error.reason
+    [reply] = grid.pull_messages([there])
+    assert not reply.has_error()
 
 
 def test_without_a_list_nobody_is_spoken_to(tmp_path: Path) -> None:
