@@ -195,16 +195,27 @@ def test_in_the_pod_the_relay_is_another_user_without_home_data_or_base() -> Non
     assert [mount["readOnly"] for mount in data] == [True, True]
 
 
-def test_the_sites_pod_may_reach_the_server_and_dns_only_and_nobody_may_reach_it() -> None:
-    values = {**SITE_VALUES, "metrics": {"enabled": False}}
+@pytest.mark.parametrize(
+    ("proxy", "port"),
+    [({}, 8443), ({"url": "http://proxy:3128"}, 3128), ({"existingSecret": "proxy", "port": 8080}, 8080)],
+)
+def test_the_sites_pod_may_reach_the_server_or_the_proxy_and_dns_only_and_nobody_may_reach_it(
+    proxy: dict[str, Any], port: int
+) -> None:
+    values = {**SITE_VALUES, "metrics": {"enabled": False}, "proxy": proxy}
     (policy,) = [d["spec"] for d in rendered("fedrad-site", values) if d["kind"] == "NetworkPolicy"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert policy["ingress"] == []
-    server, dns = policy["egress"]
-    assert server == {
-        "ports": [{"protocol": "TCP", "port": 8443}], "to": [{"ipBlock": {"cidr": "192.0.2.7/32"}}]
+    out, dns = policy["egress"]
+    assert out == {
+        "ports": [{"protocol": "TCP", "port": port}], "to": [{"ipBlock": {"cidr": "192.0.2.7/32"}}]
     }  # fmt: skip
     assert {port["port"] for port in dns["ports"]} == {53}
+
+
+def test_a_proxy_in_a_secret_needs_its_port() -> None:
+    with pytest.raises(HelmError, match="expected the proxy's port"):
+        rendered("fedrad-site", {**SITE_VALUES, "proxy": {"existingSecret": "proxy"}})
 
 
 def test_the_servers_pod_reaches_nothing() -> None:

@@ -31,3 +31,18 @@ capabilities:
 seccompProfile:
   type: RuntimeDefault
 {{- end -}}
+
+
+{{/* The port of what the pod may reach: the proxy's where there is one, else the server's. */}}
+{{- define "fedrad.way-out" -}}
+{{- if .Values.proxy.existingSecret -}}
+{{- if not .Values.proxy.port -}}
+{{- fail "proxy.port: expected the proxy's port, because its URL is in a secret, got none" -}}
+{{- end -}}
+{{ .Values.proxy.port }}
+{{- else if .Values.proxy.url -}}
+{{ regexReplaceAll ".*:([0-9]+)$" .Values.proxy.url "${1}" }}
+{{- else -}}
+{{ .Values.server.port }}
+{{- end -}}
+{{- end -}}
