@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import FedRadError
+from server.connections import ServerView, read_server
 from server.status import StudyView, find_studies, read_lines, read_view
 
 if TYPE_CHECKING:
@@ -47,9 +48,30 @@ class StudiesCollector:
             except FedRadError:
                 unreadable += 1
         yield from study_metrics(views)
+        yield from connection_metrics(read_server(self._directory))
         family = GaugeMetricFamily("fedrad_studies_unreadable", "Study directories that could not be read.")
         family.add_metric([], unreadable)
         yield family
+
+
+def connection_metrics(server: ServerView | None) -> Iterator[Metric]:
+    """Make the metric families of the server itself; without samples where `up` never ran."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    online = GaugeMetricFamily("fedrad_site_online", "1 while a site is connected.", labels=["site"])
+    ends = GaugeMetricFamily(
+        "fedrad_site_certificate_end_time_seconds", "When a site's certificate ends, Unix time.",
+        labels=["site"],
+    )  # fmt: skip
+    warnings = GaugeMetricFamily("fedrad_server_warnings", "What `up` warns of now.")
+    for site in server.sites if server else ():
+        if site.state == "approved":
+            ends.add_metric([site.site], site.certificate_until_s)
+        if site.online is not None:
+            online.add_metric([site.site], float(site.online))
+    if server and server.running:
+        warnings.add_metric([], len(server.warnings))
+    yield from (online, ends, warnings)
 
 
 def study_metrics(views: Iterable[tuple[StudyView, list[dict[str, Any]]]]) -> Iterator[Metric]:

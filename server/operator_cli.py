@@ -14,6 +14,7 @@ from common.terminal import answer
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from server.connections import ServerView
     from server.status import StudyView
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -47,25 +48,28 @@ def status(
     """Show studies: rounds, ε spent, which sites are missing and why, and what to do."""
     from dataclasses import asdict
 
+    from server.connections import read_server
     from server.status import find_studies, read_view
 
     if watch and as_json:
         raise typer.BadParameter("--watch: expected it without --json, got both")
 
-    def views() -> list[StudyView]:
-        return [read_view(path) for path in find_studies(directory)]
+    def looked() -> tuple[list[StudyView], ServerView | None]:
+        return [read_view(path) for path in find_studies(directory)], read_server(directory)
 
     if watch:
-        _watch(views, every_s=every_s)
+        _watch(looked, every_s=every_s)
         return
-    found = views()
+    found, server = looked()
     value = [asdict(view) | {"missing_now": view.missing_now} for view in found]
     if as_json:
         answer(value, as_json=True, text=str)
         return
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 110, highlight=False).print(draw(found, now_s=time.time()))
+    Console(width=None if sys.stdout.isatty() else 110, highlight=False).print(
+        draw(found, server, now_s=time.time())
+    )
 
 
 def page(
@@ -213,16 +217,40 @@ def restore(
     answer(value, as_json=as_json, text=text)
 
 
-def draw(views: list[StudyView], *, now_s: float) -> RenderableType:
-    """Draw studies for a terminal."""
+def draw(views: list[StudyView], server: ServerView | None = None, *, now_s: float) -> RenderableType:
+    """Draw studies for a terminal, and the server's sites where they are known."""
     from rich.console import Group
 
-    if not views:
-        return "no study yet"
     parts: list[RenderableType] = []
     for view in views:
         parts += [_heading(view, now_s=now_s), _sites(view), ""]
+    if not views:
+        parts += ["no study yet", ""]
+    if server is not None:
+        parts += [_connections(server, now_s=now_s), ""]
     return Group(*parts[:-1])
+
+
+def _connections(server: ServerView, *, now_s: float) -> RenderableType:
+    from rich.console import Group
+    from rich.text import Text
+
+    from server.operator_page.page import until
+
+    heading = Text(server.consortium, style="bold").append(f"  {server.address}", style="dim")
+    if server.running is False:
+        heading.append("  fedrad-server up is not running", style="yellow")
+    words = {True: ("connected", "green"), False: ("not connected", "yellow"), None: ("not known", "dim")}
+    lines: list[RenderableType] = [heading]
+    for site in server.sites:
+        revoked = site.state == "revoked"
+        told, style = ("revoked", "dim") if revoked else words[site.online]
+        line = Text(f"  {site.site:<24}").append(f"{told:<16}", style=style)
+        if not revoked:
+            line.append(f"certificate {until(site.certificate_until_s, now_s)}", style="dim")
+        lines.append(line)
+    lines += [Text(f"  {text}", style="yellow") for text in server.warnings.values()]
+    return Group(*lines)
 
 
 def _heading(view: StudyView, *, now_s: float) -> RenderableType:
@@ -283,7 +311,7 @@ def _sites(view: StudyView) -> RenderableType:
     return table
 
 
-def _watch(views: Any, *, every_s: float) -> None:
+def _watch(looked: Any, *, every_s: float) -> None:
     """Redraw a terminal's screen until interrupted; elsewhere, print again what has changed."""
     from rich.console import Console
     from rich.live import Live
@@ -292,7 +320,7 @@ def _watch(views: Any, *, every_s: float) -> None:
 
     def look() -> RenderableType:
         try:
-            return draw(views(), now_s=time.time())
+            return draw(*looked(), now_s=time.time())
         except FedRadError as error:
             return f"{error.code}: {error}"
 
@@ -300,10 +328,10 @@ def _watch(views: Any, *, every_s: float) -> None:
     if not console.is_terminal:
         shown: object = None
         while True:
-            found = views()
+            found = looked()
             if found != shown:
                 shown = found
-                console.print(draw(found, now_s=time.time()))
+                console.print(draw(*found, now_s=time.time()))
                 sys.stdout.flush()
             time.sleep(every_s)
     with Live(console=console, screen=True, auto_refresh=False) as live:

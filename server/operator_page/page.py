@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import CheckpointInvalid, FedRadError
 from common.protocol import Stage
+from server.connections import ServerView, read_server
 from server.operator_page import charts
 from server.status import StudyView, find_studies, read_view
 
@@ -63,9 +64,10 @@ def make_page(
     @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse)
     def index() -> Response:
         views, problems = _views(directory)
+        server, now_s = read_server(directory), clock()
         if len(views) == 1 and not problems:
-            return HTMLResponse(study_page(views[0], now_s=clock(), refresh_s=refresh_s))
-        return HTMLResponse(index_page(views, problems, now_s=clock(), refresh_s=refresh_s))
+            return HTMLResponse(study_page(views[0], now_s=now_s, refresh_s=refresh_s, server=server))
+        return HTMLResponse(index_page(views, problems, now_s=now_s, refresh_s=refresh_s, server=server))
 
     @app.api_route("/study/{sha256}", methods=["GET", "HEAD"], response_class=HTMLResponse)
     def study(sha256: str) -> Response:
@@ -74,7 +76,9 @@ def make_page(
     @app.api_route("/status.json", methods=["GET", "HEAD"])
     def status() -> Response:
         views, problems = _views(directory)
-        return JSONResponse({"studies": [asdict(view) for view in views], "problems": problems})
+        server = read_server(directory)
+        value = {"studies": [asdict(view) for view in views], "problems": problems}
+        return JSONResponse(value | {"server": asdict(server) if server else None})
 
     @app.api_route("/style.css", methods=["GET", "HEAD"])
     def stylesheet() -> Response:
@@ -91,8 +95,8 @@ def make_page(
     return app
 
 
-def study_page(view: StudyView, *, now_s: float, refresh_s: int) -> str:
-    """Write the page of one study."""
+def study_page(view: StudyView, *, now_s: float, refresh_s: int, server: ServerView | None = None) -> str:
+    """Write the page of one study, with the server's sites where they are known."""
     epsilon = ""
     if view.release_epsilon_limit is not None:
         epsilon = charts.epsilon_chart(
@@ -102,6 +106,7 @@ def study_page(view: StudyView, *, now_s: float, refresh_s: int) -> str:
     return render(
         "study.html.j2",
         view=view,
+        server=server,
         now_s=now_s,
         refresh_s=refresh_s,
         epsilon_chart=epsilon,
@@ -117,10 +122,17 @@ def study_page(view: StudyView, *, now_s: float, refresh_s: int) -> str:
     )
 
 
-def index_page(views: list[StudyView], problems: list[str], *, now_s: float, refresh_s: int) -> str:
-    """Write the list of studies."""
+def index_page(
+    views: list[StudyView],
+    problems: list[str],
+    *,
+    now_s: float,
+    refresh_s: int,
+    server: ServerView | None = None,
+) -> str:
+    """Write the list of studies, with the server's sites where they are known."""
     return render("index.html.j2", views=views, problems=problems, now_s=now_s, refresh_s=refresh_s,
-                  meter=charts.meter)  # fmt: skip
+                  server=server, meter=charts.meter)  # fmt: skip
 
 
 def render(name: str, **values: Any) -> str:
@@ -134,6 +146,7 @@ def render(name: str, **values: Any) -> str:
     )  # fmt: skip
     environment.filters |= {
         "ago": ago, "bytes": in_bytes, "seconds": in_seconds, "svg": Markup, "time_left": time_left,
+        "until": until,
     }  # fmt: skip
     return environment.get_template(name).render(**values)
 
@@ -148,6 +161,14 @@ def ago(then_s: float, now_s: float) -> str:
             count = passed // size
             return f"{count} {word}{'s' if count > 1 else ''} ago"
     return "just now"
+
+
+def until(end_s: float, now_s: float) -> str:
+    """Say how long something holds, in words."""
+    left = end_s - now_s
+    if left <= 0:
+        return "ended" if end_s else "none"
+    return f"ends in {left / 86400:.1f} days" if left >= 86400 else f"ends in {left / 3600:.0f} h"
 
 
 def in_bytes(count: float) -> str:
