@@ -105,7 +105,7 @@ def rollback(pin: Pin = "", home: Home = _DEFAULT_HOME, as_json: Json = False) -
 
 @model_app.command("verify")
 def verify(
-    version: Annotated[int | None, typer.Argument(help="Default: every version held.")] = None,
+    version: Annotated[int | None, typer.Argument(min=1, help="Default: every version held.")] = None,
     home: Home = _DEFAULT_HOME,
     allow_unprotected: Unprotected = False,
     as_json: Json = False,

@@ -153,7 +153,7 @@ def show(
     html: Annotated[Path | None, typer.Option("--html", help="Write a contact sheet to this file.")] = None,
     count: Annotated[int, typer.Option("--count", min=1, max=500, help="Studies on the sheet.")] = 30,
     flag: Annotated[str, typer.Option("--flag", help="Only studies with this flag.")] = "",
-    seed: Annotated[int, typer.Option("--seed", help="Which random sample.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which random sample.")] = 1,
     json_: Json = False,
 ) -> None:
     """Show counts and histograms; with --html a contact sheet of images and reports."""

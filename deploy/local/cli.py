@@ -47,13 +47,14 @@ def run(
 def demo(
     out: OutOption = Path("runs/demo"),
     engine: EngineOption = "inprocess",
-    seed: Annotated[int, typer.Option(help="Of the synthetic patients.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the synthetic patients.")] = 1,
     mode: Annotated[str, typer.Option(help="consortium (private, masked), local or plain.")] = "consortium",
     as_json: Json = False,
 ) -> None:
     """Train on four made-up hospitals' synthetic radiographs and show the result."""
     from deploy.local.demo import prepare_demo
 
+    _verify_engine(engine)
     with bars() as display:
         manifest, data = prepare_demo(out, seed=seed, mode=mode, progress=display.step)
     result = _run(manifest, data=data, out=out / "run", engine=engine, base=None, compare=True)
@@ -103,7 +104,7 @@ def invert(
 @base_app.command()
 def remake(
     out: Annotated[Path, typer.Argument(help="New directory for the base.")],
-    steps: Annotated[int | None, typer.Option(help="End each stage early, on the same path.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="End each stage early, on the same path.")] = None,
     as_json: Json = False,
 ) -> None:
     """Pretrain the tiny base from nothing, as the shipped one was."""
@@ -122,7 +123,7 @@ def remake(
 @base_app.command()
 def smollm(
     out: Annotated[Path, typer.Argument(help="New directory for the base.")],
-    seed: Annotated[int, typer.Option(help="Of the projector.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the projector.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Convert SmolLM2-135M and DINOv2-S from their PyPI packages (extra `smollm`) into a base."""
@@ -137,16 +138,20 @@ def smollm(
 def _run(
     study: Path, *, data: Path, out: Path, engine: str, base: Path | None, compare: bool
 ) -> dict[str, Any]:
+    _verify_engine(engine)
     _one_thread()
     from deploy.local.engines import Engine
     from deploy.local.run import run_study_locally
 
-    if engine not in (member.value for member in Engine):
-        raise typer.BadParameter(f"expected inprocess or flower, got {engine!r}", param_hint="--engine")
     with bars() as display:
         return run_study_locally(
             study, data=data, out=out, engine=Engine(engine), base=base, compare=compare, display=display
         )
+
+
+def _verify_engine(engine: str) -> None:
+    if engine not in ("inprocess", "flower"):
+        raise typer.BadParameter(f"expected inprocess or flower, got {engine!r}", param_hint="--engine")
 
 
 def _one_thread() -> None:

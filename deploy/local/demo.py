@@ -20,7 +20,8 @@ Progress = Callable[[str, int, int], None]
 def prepare_demo(out: Path, *, seed: int, mode: str, progress: Progress) -> tuple[Path, Path]:
     """Write the hospitals' data and the manifest below `out`; returns manifest and data folder.
 
-    What is there already is kept. Raises RunDirectoryBusy for a folder with another seed or mode.
+    What is there already is kept. Raises RunDirectoryBusy for a folder with another seed or mode, and
+    ManifestInvalid for a mode that is none, before anything is written.
     """
     from deploy.local.consortium import PUBLIC
     from deploy.local.synthetic import write_synthetic_sites
@@ -32,6 +33,9 @@ def prepare_demo(out: Path, *, seed: int, mode: str, progress: Progress) -> tupl
         raise RunDirectoryBusy(
             f"{marker}: expected the demo of seed {seed} and mode {mode}, got another; choose another --out"
         )
+    text = study_template(
+        id="chest-demo", base="tiny", sites=SITES, mode=mode, patients=PATIENTS, accept_every_rounds=5
+    )
     write_atomic(marker, asked)
     for site in SITES:
         if not (data / site / "pairs.jsonl").is_file():
@@ -40,9 +44,6 @@ def prepare_demo(out: Path, *, seed: int, mode: str, progress: Progress) -> tupl
     if not (data / PUBLIC / "pairs.jsonl").is_file():
         shutil.rmtree(data / PUBLIC, ignore_errors=True)
         write_synthetic_sites(data, sites=[PUBLIC], patients={PUBLIC: PUBLIC_PATIENTS}, seed=seed + 1)
-    text = study_template(
-        id="chest-demo", base="tiny", sites=SITES, mode=mode, patients=PATIENTS, accept_every_rounds=5
-    )
     if not manifest.is_file():
         write_atomic(manifest, text.encode())
     return manifest, data

@@ -26,11 +26,18 @@ def up(
     proxy: Annotated[str, typer.Option("--proxy", help="nginx, caddy, or none: one of your own.")] = "nginx",
     superlink_port: Annotated[
         int | None,
-        typer.Option("--superlink-port", help="On loopback; default a free one, 9400 with --proxy none."),
+        typer.Option(
+            "--superlink-port",
+            min=0,
+            max=65535,
+            help="On loopback; default a free one, 9400 with --proxy none.",
+        ),
     ] = None,
     api_port: Annotated[
         int | None,
-        typer.Option("--api-port", help="On loopback; default a free one, 9401 with --proxy none."),
+        typer.Option(
+            "--api-port", min=0, max=65535, help="On loopback; default a free one, 9401 with --proxy none."
+        ),
     ] = None,
     passphrase_file: Passphrase = None,
 ) -> None:

@@ -45,8 +45,12 @@ def up(
         typer.Option("--run-dir", help="Folder of the agent's socket."),
     ] = None,
     proxy: ProxyOption = None,
-    gateway_port: Annotated[int, typer.Option("--gateway-port", help="On loopback; 0 takes a free one.")] = 0,
-    runtime_port: Annotated[int, typer.Option("--runtime-port", help="On loopback; 0 takes a free one.")] = 0,
+    gateway_port: Annotated[
+        int, typer.Option("--gateway-port", min=0, max=65535, help="On loopback; 0 takes a free one.")
+    ] = 0,
+    runtime_port: Annotated[
+        int, typer.Option("--runtime-port", min=0, max=65535, help="On loopback; 0 takes a free one.")
+    ] = 0,
 ) -> None:
     """Run the site until it is told to stop: agent, connection, SuperNode and ClientApp."""
     from client.proxy import choose_proxy, format_proxy, parse_proxy
@@ -67,7 +71,9 @@ def up(
 @app.command()
 def link(
     home: Home = _DEFAULT_HOME,
-    port: Annotated[int, typer.Option("--port", help="The gateway's, for the SuperNode.")] = _GATEWAY_PORT,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="The gateway's, for the SuperNode.")
+    ] = _GATEWAY_PORT,
     host: Annotated[str, typer.Option("--host", help="Where the gateway listens.")] = "127.0.0.1",
     proxy: ProxyOption = None,
 ) -> None:
@@ -113,8 +119,12 @@ def relay(
     relay_dir: Annotated[Path, typer.Option("--relay-dir", help="The relay's folder.")],
     site: Annotated[str, typer.Option("--site", help="This site's id.")],
     agent: Annotated[str, typer.Option("--agent", help="The agent's socket: unix:///PATH.")],
-    gateway_port: Annotated[int, typer.Option("--gateway-port")] = _GATEWAY_PORT,
-    runtime_port: Annotated[int, typer.Option("--runtime-port")] = _RUNTIME_PORT,
+    gateway_port: Annotated[
+        int, typer.Option("--gateway-port", min=1, max=65535, help="As `link` has it.")
+    ] = _GATEWAY_PORT,
+    runtime_port: Annotated[
+        int, typer.Option("--runtime-port", min=1, max=65535, help="SuperNode's, for the ClientApp.")
+    ] = _RUNTIME_PORT,
 ) -> None:
     """Run SuperNode and ClientApp alone (the relay's user; part of `up`)."""
     from deploy.site.relay import Relay
