@@ -248,7 +248,9 @@ def test_two_runs_at_once_in_one_process_are_refused() -> None:
     serve(main)
 
 
-def test_flowers_task_identity_is_restored() -> None:
-    serve(lambda grid: None)
-    with pytest.raises(RuntimeError, match="not set"):
-        _ = TaskIdentity.run_id
+@pytest.mark.parametrize("before", [None, 77])
+def test_flowers_task_identity_is_restored(monkeypatch: pytest.MonkeyPatch, before: int | None) -> None:
+    monkeypatch.setattr(TaskIdentity, "_run_id", before)
+    seen: list[int] = []
+    serve(lambda grid: seen.append(TaskIdentity.run_id))
+    assert seen[0] not in (None, before) and TaskIdentity._run_id == before
