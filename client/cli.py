@@ -171,7 +171,10 @@ def run_agent(
         ),
     ] = None,
 ) -> None:
-    """Run the site agent alone until it is told to stop (Ctrl-C or SIGTERM); `up` runs all of the site."""
+    """Run the site agent alone until it is told to stop (Ctrl-C or SIGTERM); `up` runs all of the site.
+
+    It also ends when its keys change, so that whoever keeps it up starts it with the new ones.
+    """
     import logging
     import signal
     import threading
@@ -180,6 +183,7 @@ def run_agent(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     from client.agent import SiteAgent
     from client.enrolment_cli import open_with_credentials
+    from client.heartbeat import AGENT_NAME, beat_until
     from client.metrics import LOG_NAME
     from client.models import verify_unwritable
     from client.service import ProgressBoard, start_service
@@ -204,7 +208,9 @@ def run_agent(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+    keys = (opened.key_path, opened.witness_key_path)
+    if beat_until(stop, path=home / "run" / AGENT_NAME, keys=keys):
+        logging.getLogger("fedrad.agent").warning("the keys of this site have changed")
     service.stop(grace=5.0).wait()
 
 

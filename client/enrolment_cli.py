@@ -204,7 +204,7 @@ def rotate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make new TLS and node keys and the request to use them; the old ones serve until the answer is in."""
+    """Make new TLS and node keys and the request to use them; the old ones end with the operator's answer."""
     from client.enrolment import REQUEST_NAME, request_rotation, utc_now
 
     opened = open_with_credentials(home)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import secrets
 import threading
 import time
@@ -33,6 +32,7 @@ from client.enrolment import (
     tls_key_path,
     utc_now,
 )
+from client.heartbeat import whoami
 from client.home import SiteHome, list_studies, receive_study
 from common.canonical import sha256_hex
 from common.enrolment import Ask, SignedSiteRequest, format_site_request, parse_bundle
@@ -50,6 +50,7 @@ _ASK_EVERY_S = 30.0
 _FIRST_PAUSE_S = 2.0
 _LAST_PAUSE_S = 60.0
 _STATUS_EVERY_S = 2.0
+_EVER_NEW = ("gateway_last_s", "last_contact_s", "bytes_up", "bytes_down")
 _GATEWAY_LIFETIME = timedelta(days=3650)  # this machine's loopback only; its authority's key is never written
 _GATEWAY_SPARE = timedelta(days=365)
 
@@ -192,13 +193,15 @@ class SiteLink:
                 self._status["certificate_until"] = read_enrolled(self._home).not_after.isoformat()
         value = {
             **self._status,
-            "pid": os.getpid(),
+            **whoami(),
             "gateway_port": self.gateway.port,
             "connections": self.gateway.open,
             "gateway_error": self.gateway.last_error,
             "gateway_last_s": int(self.gateway.last_connected_s),
+            "bytes_up": self.gateway.bytes_up,
+            "bytes_down": self.gateway.bytes_down,
         }
-        stable = {name: v for name, v in value.items() if name not in ("gateway_last_s", "last_contact_s")}
+        stable = {name: v for name, v in value.items() if name not in _EVER_NEW}
         last = self._written.get("at", 0.0)
         if stable == self._written.get("value") and time.monotonic() - last < 15 * _STATUS_EVERY_S:
             return

@@ -9,26 +9,24 @@ from __future__ import annotations
 import json
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from client.budget import BudgetLimits, read_summary
 from client.enrolment import read_enrolled
+from client.heartbeat import AGENT_NAME, STALE_S, heard
 from client.home import SiteHome, list_studies, read_approved_study, read_study
 from common.errors import FedRadError, StudyNotApproved
 from deploy.site.link import SKEW_WARNING_S
 from deploy.site.link import STATUS_NAME as LINK_NAME
 from deploy.site.up import STATUS_NAME as UP_NAME
 
-_STALE_S = 90.0
 _QUIET_S = 75.0
 
 
 def read_status(home: SiteHome, *, now: float) -> dict[str, Any]:
     """Collect what the site's files say; `now` is Unix seconds."""
     run = home.directory / "run"
-    up, up_age = _read(run / UP_NAME, now)
-    link, link_age = _read(run / LINK_NAME, now)
+    up, link, agent = (heard(run / name, now=now) for name in (UP_NAME, LINK_NAME, AGENT_NAME))
     enrolled: dict[str, Any] | None = None
     try:
         known = read_enrolled(home)
@@ -40,19 +38,17 @@ def read_status(home: SiteHome, *, now: float) -> dict[str, Any]:
         }
     except FedRadError:
         pass
-    supervised = up is not None and up_age < _STALE_S and _alive(int(up.get("pid", 0)))
-    programs = up["programs"] if supervised and up is not None else {}
-    linked = link is not None and link_age < _STALE_S and (supervised or _alive(int(link.get("pid", 0))))
-    running = supervised or linked  # linked alone: agent, link and relay as services of their own
     return {
         "site": home.site,
         "enrolled": enrolled,
-        "running": running,
-        "programs": programs,
-        "connected": bool(linked and link and link.get("connected")),
-        "relaying": bool(linked and link and now - float(link.get("gateway_last_s", 0)) < _QUIET_S),
-        "error": str(link.get("error") or link.get("gateway_error") or "") if linked and link else "",
-        "clock_ahead_s": link.get("clock_ahead_s") if linked and link else None,
+        "running": bool(up or link or agent),  # without `up`: agent, link and relay as services of their own
+        "agent": agent is not None,
+        "link": link is not None,
+        "programs": up["programs"] if up else {},
+        "connected": bool(link and link.get("connected")),
+        "relaying": bool(link and now - float(link.get("gateway_last_s", 0)) < _QUIET_S),
+        "error": str(link.get("error") or link.get("gateway_error") or "") if link else "",
+        "clock_ahead_s": link.get("clock_ahead_s") if link else None,
         "studies": [_study(home, sha256) for sha256 in list_studies(home)],
         "budget": _budget(home),
     }
@@ -61,6 +57,13 @@ def read_status(home: SiteHome, *, now: float) -> dict[str, Any]:
 def words(status: dict[str, Any], *, now: float) -> str:
     """Say it: one sentence per line."""
     lines = [_first(status)]
+    if status["running"]:
+        lines += [
+            f"The {name} has given no sign of life for {STALE_S:.0f} s or more: it is starting, has ended or "
+            f"hangs; see logs/{name}.log, or the log of its unit or container."
+            for name in ("agent", "link")
+            if not status[name]
+        ]
     if status["error"]:
         lines.append(f"The server does not serve this site: {status['error']}")
     ahead = status["clock_ahead_s"]
@@ -93,6 +96,8 @@ def _first(status: dict[str, Any]) -> str:
     server = status["enrolled"]["server"]
     if not status["running"]:
         return f"Site {site} is enrolled at {server} but not running: start `fedrad-site up`."
+    if not status["agent"]:
+        return f"Site {site} is not at work, though it is enrolled at {server}: its agent does not serve."
     if status["connected"] and status["relaying"]:
         return f"Site {site} is connected to {server}."
     if status["connected"]:
@@ -142,18 +147,6 @@ def _budget(home: SiteHome) -> str:
         f"Privacy: ε {summary.epsilon_spent:.2f} spent, {summary.epsilon_committed:.2f} committed of "
         f"{summary.limits.epsilon:.2f} at δ = {summary.limits.delta:.0e}."
     )
-
-
-def _read(path: Path, now: float) -> tuple[dict[str, Any] | None, float]:
-    try:
-        value = json.loads(path.read_text())
-        return (value if isinstance(value, dict) else None), now - path.stat().st_mtime
-    except (OSError, ValueError):
-        return None, 1e9
-
-
-def _alive(pid: int) -> bool:
-    return pid > 0 and Path(f"/proc/{pid}").exists()
 
 
 def unix_now() -> float:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import deploy
 from client.enrolment import node_key_path, read_enrolled
+from client.heartbeat import whoami
 from client.home import SiteHome
 from common.errors import EngineFailed
 from common.files import write_atomic
@@ -116,17 +117,22 @@ class _Site:
             account=layout.account,
         )
         self._relaying = False
+        self._status_path = home.directory / "run" / STATUS_NAME
         self._written = b""
 
     def run(self, stop: threading.Event) -> None:
         self._programs.start(self._agent())
         self._programs.start(self._link())
         bearing = Bearing()
-        while not stop.wait(_TICK_S):
-            with bearing.bear():
-                ended = self._programs.tick()
-                self._follow_relay("link" in ended)
-                self._write_status()
+        try:
+            while not stop.wait(_TICK_S):
+                with bearing.bear():
+                    ended = self._programs.tick()
+                    self._follow_relay("link" in ended)
+                    self._write_status()
+        finally:
+            with contextlib.suppress(OSError):
+                self._status_path.unlink(missing_ok=True)
 
     def _follow_relay(self, link_ended: bool) -> None:
         """Start the relay when its way out is there; start it anew when its keys have changed."""
@@ -180,16 +186,15 @@ class _Site:
             "site": self._home.site,
             "programs": self._programs.state(),
             "socket": str(self._layout.socket),
-            "pid": os.getpid(),
+            **whoami(),
         }
         data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-        path = self._home.directory / "run" / STATUS_NAME
         if data != self._written:
-            write_atomic(path, data)
+            write_atomic(self._status_path, data)
             self._written = data
         else:
             with contextlib.suppress(OSError):
-                os.utime(path)
+                os.utime(self._status_path)
 
 
 def run_relay(relay: Relay, *, stop: threading.Event) -> None:

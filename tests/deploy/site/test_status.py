@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from client.enrolment import install_bundle, request_enrolment
+from client.heartbeat import whoami
 from client.home import SiteHome, approve_study, create_home, receive_study, refuse_study
 from client.state import Seen, SiteState
 from common.config import format_study
@@ -49,8 +52,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[SiteHome, Any, str]
 def write_run(home: SiteHome, *, link: dict[str, Any], programs: dict[str, Any] | None = None) -> None:
     run = home.directory / "run"
     run.mkdir(exist_ok=True)
-    (run / "up.json").write_text(json.dumps({"pid": os.getpid(), "programs": programs or {}}))
-    whole = {"connected": True, "error": "", "clock_ahead_s": 0.1, "gateway_last_s": 0, "pid": os.getpid()}
+    (run / "up.json").write_text(json.dumps({**whoami(), "programs": programs or {}}))
+    (run / "agent.json").write_text(json.dumps(whoami()))
+    whole = {"connected": True, "error": "", "clock_ahead_s": 0.1, "gateway_last_s": 0, **whoami()}
     (run / "link.json").write_text(json.dumps({**whole, **link}))
 
 
@@ -123,6 +127,50 @@ def test_services_of_their_own_count_as_running(scene: tuple[SiteHome, Any, str]
     write_run(scene[0], link={"gateway_last_s": 10**11})
     (scene[0].directory / "run" / "up.json").unlink()
     assert said(scene[0]).startswith("Site north is connected")
+
+
+@pytest.mark.parametrize("silence", ["never", "old", "gone", "another namespace, old"])
+def test_a_dead_agent_is_named_where_nothing_supervises_it(
+    scene: tuple[SiteHome, Any, str], silence: str
+) -> None:
+    home = scene[0]
+    write_run(home, link={"gateway_last_s": 10**11})
+    run = home.directory / "run"
+    (run / "up.json").unlink()
+    agent = run / "agent.json"
+    if silence == "never":
+        agent.unlink()
+    elif silence == "gone":
+        process = subprocess.Popen(["/bin/true"])
+        process.wait()
+        agent.write_text(json.dumps({**whoami(), "pid": process.pid}))
+    else:
+        if silence.startswith("another"):
+            agent.write_text(json.dumps({"pid": 1, "pid_namespace": "pid:[1]"}))
+        os.utime(agent, (1, 1))
+    lines = said(home).splitlines()
+    assert lines[0].startswith("Site north is not at work") and "its agent does not serve" in lines[0]
+    assert lines[1].startswith("The agent has given no sign of life for 90 s")
+    assert not read_status(home, now=time.time())["agent"]
+
+
+def test_an_agent_in_another_container_counts_while_its_sign_is_fresh(
+    scene: tuple[SiteHome, Any, str],
+) -> None:
+    write_run(scene[0], link={"gateway_last_s": 10**11, "pid": 10**7, "pid_namespace": "pid:[1]"})
+    (scene[0].directory / "run" / "up.json").unlink()
+    (scene[0].directory / "run" / "agent.json").write_text(
+        json.dumps({"pid": 10**7, "pid_namespace": "pid:[2]"})
+    )
+    assert said(scene[0]).startswith("Site north is connected")
+
+
+def test_an_agent_alone_is_told_that_its_link_is_missing(scene: tuple[SiteHome, Any, str]) -> None:
+    write_run(scene[0], link={})
+    for name in ("up.json", "link.json"):
+        (scene[0].directory / "run" / name).unlink()
+    assert "has no connection to server:8443" in said(scene[0])
+    assert "The link has given no sign of life" in said(scene[0])
 
 
 def test_a_studys_way_is_told(scene: tuple[SiteHome, Any, str]) -> None:
