@@ -5,7 +5,7 @@
     keys/message.key     Ed25519, signs protocol messages and approvals (0600)
     keys/witness.key     Ed25519, cosigns the ledger's checkpoints (0600)
     keys/tls.key node.key  enrolment.json  tls/   what makes the connection (client/enrolment.py)
-    studies/<sha256>/    study.json, operator.sig, approval.sig or refusal.json
+    studies/<sha256>/    study.json, operator.sig, approval.sig or refusal.json, decided (when, Unix seconds)
     state/<sha256>/      what the agent has served (client/state.py)
     cache/               vision features
 
@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,7 +214,7 @@ def receive_study(home: SiteHome, manifest: bytes, operator_signature: bytes) ->
     return study
 
 
-def approve_study(home: SiteHome, sha256: str) -> bytes:
+def approve_study(home: SiteHome, sha256: str, *, clock: Callable[[], float] = time.time) -> bytes:
     """Sign a received study for this site; returns the 64-byte approval, which is also stored."""
     study = read_study(home, sha256)
     key = home.message_key()
@@ -225,15 +227,49 @@ def approve_study(home: SiteHome, sha256: str) -> bytes:
     directory = home.study_directory(sha256)
     write_atomic(directory / "approval.sig", approval.hex().encode())
     (directory / "refusal.json").unlink(missing_ok=True)
+    _note_time(directory, clock())
     return approval
 
 
-def refuse_study(home: SiteHome, sha256: str, reason: str) -> None:
+def refuse_study(home: SiteHome, sha256: str, reason: str, *, clock: Callable[[], float] = time.time) -> None:
     """Withdraw or deny this site's approval; the agent refuses the study from the next message on."""
     read_study(home, sha256)
     directory = home.study_directory(sha256)
     write_atomic(directory / "refusal.json", json.dumps({"reason": reason}).encode())
     (directory / "approval.sig").unlink(missing_ok=True)
+    _note_time(directory, clock())
+
+
+@dataclass(frozen=True)
+class Decision:
+    """This site's word on a study: its approval in hex, empty for none; when, 0 where that is not known."""
+
+    approval: str
+    decided_s: int
+
+
+def read_decision(home: SiteHome, sha256: str) -> Decision:
+    """Read what this site has decided about a study, and when; raises OSError for what cannot be read."""
+    directory = home.study_directory(sha256)
+    try:
+        approval = (directory / "approval.sig").read_text().strip()
+    except FileNotFoundError:
+        approval = ""
+    return Decision(approval, _time_noted(directory))
+
+
+def _note_time(directory: Path, now_unix_s: float) -> None:
+    """Write down when a decision was made: after the one before it, whatever the clock says."""
+    decided_s = max(int(now_unix_s), _time_noted(directory) + 1)
+    write_atomic(directory / "decided", str(decided_s).encode())
+
+
+def _time_noted(directory: Path) -> int:
+    try:
+        text = (directory / "decided").read_text()
+    except FileNotFoundError:
+        return 0
+    return int(text) if re.fullmatch(r"[0-9]{1,12}", text) else 0
 
 
 def read_study(home: SiteHome, sha256: str) -> Study:

@@ -731,6 +731,10 @@ class JudgeAnswerInvalid(FedRadError):
 # --- versions, backup, pages for operators (common/compatibility, server/backup, common/metrics_page) -------
 
 
+class ApprovalOutdated(FedRadError):
+    """An approval is not from after the withdrawal of the same site that the server holds."""
+
+
 class VersionsTooFarApart(FedRadError):
     """Server and site have no protocol version in common; the message names the side to upgrade."""
 

@@ -5,7 +5,7 @@
     authority/           ca.crt, ca.key, crl.pem (server/authority.py)
     tls/                 server.pem, server.key: what the proxy shows
     sites/ID.json        the registry, one file per site (server/enrolment.py)
-    studies/ID/          study directories (server/checkpoint.py), with approvals/SITE.sig
+    studies/ID/          study directories (server/checkpoint.py), with approvals/SITE.sig, .decided (when)
     ledger/              enrolments, rotations and revocations (server/log.py)
     state/ proxy/ logs/  what `fedrad-server up` keeps
     status.json          what `fedrad-server up` knows, rewritten as it changes

@@ -5,6 +5,18 @@ pinned key made it over exactly this manifest; `verify_ready` passes before a st
 every site of the manifest has approved and takes part with the keys that the manifest pins. A study that has
 begun goes on with those that still do, down to its floor: the withdrawal or revocation of one site takes out
 that site alone.
+
+Which of two decisions counts. What is held here of a site's decision may be older than the site's own (a
+request lost, a server restored) or come again (a request replayed, a site restored from a copy). The truth is
+in the site's directory, where its agent reads it at every message; its link compares it with what is held
+here at every exchange and sends it where the two differ (deploy/site/link.py). A decision carries the time at
+which the site made it. A withdrawal is always taken; an approval only where no withdrawal of that time or a
+later one is held. So a replayed approval undoes no withdrawal that is held. One that a restore has lost is
+undone until the site's next exchange at most, and its agent refuses meanwhile. A replayed withdrawal is
+undone at the next exchange, too: the approval after it is later. A site restored from a copy of before its
+withdrawal does not come back by that: its approval is refused until somebody there approves again. Where
+server and site are both restored from copies of before a withdrawal, nobody knows of it: the site must decide
+again.
 """
 
 from __future__ import annotations
@@ -12,10 +24,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from common.config import Study, format_study, parse_study_toml
 from common.errors import (
+    ApprovalOutdated,
     FedRadError,
     ManifestInvalid,
     SignatureInvalid,
@@ -106,34 +120,62 @@ def find_submitted(home: ServerHome, name: str) -> Submitted:
     return found[0]
 
 
-def offered_studies(home: ServerHome, site: str) -> list[tuple[bytes, bytes]]:
-    """Return manifest and operator's signature of every study that names the site."""
+@dataclass(frozen=True)
+class Offered:
+    """A study as a site gets it: manifest, operator's signature, whether the site's approval is held."""
+
+    manifest: bytes
+    signature: bytes
+    approved: bool
+
+
+def offered_studies(home: ServerHome, site: str) -> list[Offered]:
+    """Return every study that names the site."""
     return [
-        (
+        Offered(
             (one.directory / "study.json").read_bytes(),
             bytes.fromhex((one.directory / "operator.sig").read_text().strip()),
+            _is_approved(one.directory, one.study, site),
         )
         for one in submitted_studies(home)
         if site in one.study.site_ids
     ]
 
 
-def record_approval(home: ServerHome, name: str, site: str, signature: bytes) -> Submitted:
-    """Keep a site's approval; raises StudyUnknown, ManifestInvalid or SignatureInvalid."""
+def record_approval(home: ServerHome, name: str, site: str, signature: bytes, *, decided_s: int) -> Submitted:
+    """Keep a site's approval, decided at this Unix time.
+
+    Raises StudyUnknown, ManifestInvalid, SignatureInvalid or, where the withdrawal held is not older,
+    ApprovalOutdated.
+    """
     submitted = find_submitted(home, name)
-    study = submitted.study
+    study, directory = submitted.study, submitted.directory
     if site not in study.site_ids:
         raise ManifestInvalid(f"study {study.study.id}: expected one of its sites, got {site!r}")
     verify_signature(study.site(site).message_key, Purpose.APPROVAL, format_study(study), signature)
-    write_atomic(_approval_path(submitted.directory, site), signature.hex().encode())
-    missing = missing_approvals(home, submitted.directory, study)
-    return Submitted(submitted.directory, study, missing)
+    withdrawn_s = _withdrawn_s(directory, site)
+    if withdrawn_s is not None and decided_s <= withdrawn_s:
+        raise ApprovalOutdated(
+            f"study {study.study.id}: expected an approval from after {site}'s withdrawal of "
+            f"{_words(withdrawn_s)}, got one from {_words(decided_s)}; if {site} takes part, approve it again"
+        )
+    path = _approval_path(directory, site)
+    write_atomic(path, signature.hex().encode())
+    write_atomic(_time_path(directory, site), str(decided_s).encode())
+    missing = missing_approvals(home, directory, study)
+    return Submitted(directory, study, missing)
 
 
-def withdraw_approval(home: ServerHome, name: str, site: str) -> None:
-    """Forget a site's approval: the study does not start again without a new one."""
-    with contextlib.suppress(FileNotFoundError):
-        _approval_path(find_submitted(home, name).directory, site).unlink()
+def withdraw_approval(home: ServerHome, name: str, site: str, *, decided_s: int) -> Submitted:
+    """Forget a site's approval, and note when it was withdrawn; raises StudyUnknown or ManifestInvalid."""
+    submitted = find_submitted(home, name)
+    study, directory = submitted.study, submitted.directory
+    if site not in study.site_ids:
+        raise ManifestInvalid(f"study {study.study.id}: expected one of its sites, got {site!r}")
+    decided_s = max(decided_s, _withdrawn_s(directory, site) or 0)
+    _approval_path(directory, site).unlink(missing_ok=True)
+    write_atomic(_time_path(directory, site), str(decided_s).encode())
+    return Submitted(directory, study, missing_approvals(home, directory, study))
 
 
 def missing_approvals(home: ServerHome, directory: Path, study: Study) -> dict[str, str]:
@@ -145,14 +187,14 @@ def missing_approvals(home: ServerHome, directory: Path, study: Study) -> dict[s
             if enrolled.message_key != section.message_key:
                 missing[section.id] = "has new keys: the study pins its old ones"
                 continue
-            signature = bytes.fromhex(_approval_path(directory, section.id).read_text().strip())
-            verify_signature(section.message_key, Purpose.APPROVAL, format_study(study), signature)
         except SiteRevoked:
             missing[section.id] = "revoked"
         except SiteNotEnrolled:
             missing[section.id] = "not enrolled"
-        except (OSError, ValueError, SignatureInvalid):
-            missing[section.id] = "has not approved"
+        else:
+            if not _is_approved(directory, study, section.id):
+                withdrew = _withdrawn_s(directory, section.id) is not None
+                missing[section.id] = "withdrew its approval" if withdrew else "has not approved"
     return missing
 
 
@@ -195,5 +237,33 @@ def _folders(home: ServerHome) -> list[Path]:
     return [path for path in sorted(home.studies.iterdir()) if (path / "study.json").is_file()]
 
 
+def _is_approved(directory: Path, study: Study, site: str) -> bool:
+    """Tell whether an approval is held that the site's pinned key made."""
+    try:
+        signature = bytes.fromhex(_approval_path(directory, site).read_text().strip())
+        verify_signature(study.site(site).message_key, Purpose.APPROVAL, format_study(study), signature)
+    except (OSError, ValueError, SignatureInvalid):
+        return False
+    return True
+
+
+def _withdrawn_s(directory: Path, site: str) -> int | None:
+    """Return when the site withdrew its approval; None where it did not."""
+    if _approval_path(directory, site).exists():
+        return None
+    try:
+        return int(_time_path(directory, site).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _words(unix_s: int) -> str:
+    return f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%d %H:%M:%S} UTC" if unix_s else "an unknown time"
+
+
 def _approval_path(directory: Path, site: str) -> Path:
     return directory / "approvals" / f"{site}.sig"
+
+
+def _time_path(directory: Path, site: str) -> Path:
+    return directory / "approvals" / f"{site}.decided"

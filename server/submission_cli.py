@@ -90,17 +90,18 @@ def approval(
     home: Home = _DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
-    """Take in an approval that came by another way than the site's own connection."""
-    from common.errors import SignatureInvalid
-    from server.submission import find_submitted, record_approval, withdraw_approval
+    """Take in a decision, as of now, that came by another way than the site's own connection."""
+    import time
 
-    opened = _open(home)
+    from common.errors import SignatureInvalid
+    from server.submission import record_approval, withdraw_approval
+
+    opened, now_s = _open(home), int(time.time())
     if signature == "-":
-        withdraw_approval(opened, study, site)
-        submitted = find_submitted(opened, study)
+        submitted = withdraw_approval(opened, study, site, decided_s=now_s)
     else:
         try:
-            submitted = record_approval(opened, study, site, bytes.fromhex(signature))
+            submitted = record_approval(opened, study, site, bytes.fromhex(signature), decided_s=now_s)
         except ValueError as error:
             raise SignatureInvalid("expected 128 hex digits") from error
     missing = ", ".join(submitted.missing) or "nobody"

@@ -2,15 +2,18 @@
 
 One HTTP call on loopback, `POST /fedrad/v1/site`, behind the consortium's proxy. Guarantees: a request counts
 only with the signature of the site's registered message key and a time within an hour of the server's; a
-revoked site is refused; an answer says the server's time, so that a site can tell how far its clock is off.
-A replayed request gives its replayer nothing: a certificate without its key, or a public manifest. An
-address, as the door names it, asks no oftener than nginx's own rate, whatever the door is.
+revoked site is refused; an answer says the server's time, so that a site can tell how far its clock is off,
+and with each study whether the site's approval is held, so that a site can send what was lost. A replayed
+request gives its replayer nothing: a certificate without its key, a public manifest, or a decision that the
+site's own, later one overrules (server/submission.py). An address, as the door names it, asks no oftener than
+nginx's own rate, whatever the door is.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable
 from datetime import datetime
@@ -38,7 +41,6 @@ log = logging.getLogger("fedrad.up")
 PATH = "/fedrad/v1/site"
 MAX_SKEW_S = 3600.0
 _TIMEOUT_S = 20.0
-_APPROVAL_FIELDS = 2
 
 Answer = dict[str, Any]
 
@@ -64,25 +66,30 @@ def answer_request(home: ServerHome, authority: Authority, data: bytes, *, now: 
     if asked.ask is Ask.STUDIES:
         return {
             "studies": [
-                {"manifest": manifest.decode(), "signature": signature.hex()}
-                for manifest, signature in offered_studies(home, asked.site)
+                {
+                    "manifest": one.manifest.decode(),
+                    "signature": one.signature.hex(),
+                    "approved": one.approved,
+                }
+                for one in offered_studies(home, asked.site)
             ]
         }
     return _take_approval(home, asked)
 
 
 def _take_approval(home: ServerHome, asked: SiteRequest) -> Answer:
-    words = asked.argument.split(" ")
-    if len(words) != _APPROVAL_FIELDS:
-        raise EnrolmentInvalid("approval: expected a study's hash and a signature, or a hyphen to withdraw")
-    study, signature = words
+    """Take in a decision; a site of an earlier release does not say when: that counts as of its request."""
+    form = re.fullmatch(r"([0-9a-f]{64}) (-|[0-9a-f]{128})(?: ([0-9]{1,12}))?", asked.argument)
+    if form is None:
+        raise EnrolmentInvalid(
+            "approval: expected a study's hash, a signature or a hyphen to withdraw, and when it was decided"
+        )
+    study, signature, time_s = form.groups()
+    decided_s = min(int(time_s or asked.time_s), asked.time_s + int(MAX_SKEW_S))
     if signature == "-":
-        withdraw_approval(home, study, asked.site)
+        withdraw_approval(home, study, asked.site, decided_s=decided_s)
         return {"approved": False}
-    try:
-        submitted = record_approval(home, study, asked.site, bytes.fromhex(signature))
-    except ValueError as error:
-        raise EnrolmentInvalid("approval: expected a signature in hex") from error
+    submitted = record_approval(home, study, asked.site, bytes.fromhex(signature), decided_s=decided_s)
     return {"approved": True, "missing": submitted.missing}
 
 

@@ -2,8 +2,14 @@
 
 It holds the TLS key and the message key, so it runs as the site's user. Guarantees: a certificate is renewed
 from two thirds of its life on, until it works; a study from the server is only received (approving it is the
-site's own act), an approval or its withdrawal is sent until the server has it; a clock that is off is named.
-What it knows is in `run/link.json`, for `fedrad-site status`.
+site's own act); what this site has decided about a study is compared with what the server holds of it at
+every exchange and sent where they differ, also to a server that lost it or refused it for a moment; a clock
+that is off is named. What it knows is in `run/link.json`, for `fedrad-site status`.
+
+A decision goes with the time at which it was made here, not sent: a site restored from a copy of before its
+withdrawal sends an old approval, which the server refuses (server/submission.py says which decision counts).
+A server of an earlier release does not say what it holds and takes no time: it gets each decision until it
+has taken it once (`decision.sent`).
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ from client.enrolment import (
     utc_now,
 )
 from client.heartbeat import whoami
-from client.home import SiteHome, list_studies, receive_study
+from client.home import Decision, SiteHome, list_studies, read_decision, receive_study
 from common.canonical import sha256_hex
 from common.enrolment import Ask, SignedSiteRequest, format_site_request, parse_bundle
 from common.errors import FedRadError, SiteRevoked
@@ -53,6 +59,7 @@ _STATUS_EVERY_S = 2.0
 _EVER_NEW = ("gateway_last_s", "last_contact_s", "bytes_up", "bytes_down")
 _GATEWAY_LIFETIME = timedelta(days=3650)  # this machine's loopback only; its authority's key is never written
 _GATEWAY_SPARE = timedelta(days=365)
+_UNDECIDED = Decision("", 0)
 
 
 def gateway_tls(directory: Path, *, now: datetime) -> LoopbackTls:
@@ -83,6 +90,8 @@ class SiteLink:
         self.gateway = Gateway(self.route, tls=tls, port=port, host=host)
         self._status: dict[str, Any] = {"connected": False, "error": "", "clock_ahead_s": None}
         self._written: dict[str, Any] = {}
+        self._told: dict[str, Decision] = {}
+        self._refused: dict[str, str] = {}
         self._pause_s = _FIRST_PAUSE_S
         self._due = 0.0
 
@@ -104,9 +113,9 @@ class SiteLink:
         self.gateway.start()
         try:
             while not stop.wait(0.5):
-                if time.monotonic() >= self._due or self._changed():
-                    self._ask()
                 with bearing.bear():
+                    if time.monotonic() >= self._due or self._changed():
+                        self._ask()
                     self._write_status()
         finally:
             self.gateway.stop()
@@ -114,6 +123,7 @@ class SiteLink:
     def _ask(self) -> None:
         """Renew where it is time, then exchange studies and approvals; a failure is tried again."""
         try:
+            self._told = self._decisions()
             enrolled = read_enrolled(self._home)
             if self._clock() >= enrolled.renew_after:
                 self._renew(enrolled)
@@ -138,36 +148,58 @@ class SiteLink:
         self._status["certificate_until"] = renewed.not_after.isoformat()
 
     def _exchange_studies(self) -> None:
+        """Take in what is offered, and send the decisions that the server does not hold as they are here.
+
+        A decision that is refused does not keep the next one from being sent; the last refusal is raised.
+        """
         value = self._send(self._request(Ask.STUDIES))
         known = set(list_studies(self._home))
+        held: dict[str, object] = {}
         for offered in value.get("studies", []):
             with contextlib.suppress(FedRadError, ValueError, KeyError, TypeError, AttributeError):
                 manifest = offered["manifest"].encode()
-                if sha256_hex(manifest) not in known:
+                sha256 = sha256_hex(manifest)
+                if sha256 not in known:
                     study = receive_study(self._home, manifest, bytes.fromhex(offered["signature"]))
                     log.info("study %s was received", study.study.id, extra={"study": study.sha256})
-        for sha256, path, words in self._unsent():
+                held[sha256] = offered.get("approved")
+        refusal: ServerRefused | None = None
+        for sha256, holds in held.items():
             try:
-                self._send(self._request(Ask.APPROVAL, f"{sha256} {words}"))
-            except ServerRefused as error:  # a study that came by file and that this server does not have
-                log.warning("a decision was refused: %s", error, extra={"study": sha256})
-            write_atomic(path, words.encode())
+                self._tell(sha256, holds)
+                self._refused.pop(sha256, None)
+            except ServerRefused as error:
+                if str(error) != self._refused.get(sha256):
+                    log.warning("a decision was refused: %s", error, extra={"study": sha256})
+                self._refused[sha256] = str(error)
+                refusal = error
+        if refusal is not None:
+            raise refusal
 
-    def _unsent(self) -> list[tuple[str, Path, str]]:
-        """List decisions that the server has not taken yet: study, note of what was sent, what to send."""
-        unsent = []
-        for sha256 in list_studies(self._home):
-            directory = self._home.study_directory(sha256)
-            sent, approval = directory / "decision.sent", directory / "approval.sig"
-            words = approval.read_text().strip() if approval.is_file() else "-"
-            before = sent.read_text() if sent.is_file() else "-"
-            if words != before:
-                unsent.append((sha256, sent, words))
-        return unsent
+    def _tell(self, sha256: str, holds: object) -> None:
+        """Send this site's decision on a study unless the server holds the same; `holds` is what it says."""
+        decision = read_decision(self._home, sha256)
+        words, path = decision.approval or "-", self._home.study_directory(sha256) / "decision.sent"
+        if isinstance(holds, bool):
+            if holds == bool(decision.approval):
+                return
+            withdrawn_s = 0 if decision.approval else int(self._clock().timestamp())
+            argument = f"{sha256} {words} {decision.decided_s or withdrawn_s}"
+        else:
+            if words == (path.read_text() if path.is_file() else "-"):
+                return
+            argument = f"{sha256} {words}"
+        self._send(self._request(Ask.APPROVAL, argument))
+        write_atomic(path, words.encode())
+
+    def _decisions(self) -> dict[str, Decision]:
+        """Read what this site has decided, by study."""
+        read = {sha256: read_decision(self._home, sha256) for sha256 in list_studies(self._home)}
+        return {sha256: decision for sha256, decision in read.items() if decision != _UNDECIDED}
 
     def _changed(self) -> bool:
-        """Tell whether a decision waits to be sent and the server was reached before."""
-        return not self._status["error"] and bool(self._unsent())
+        """Tell whether a decision was made since the server was asked last."""
+        return self._decisions() != self._told
 
     def _request(self, ask: Ask, argument: str = "") -> SignedSiteRequest:
         nonce = secrets.token_hex(16)

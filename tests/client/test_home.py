@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from client.home import (
+    Decision,
     SiteHome,
     SiteHomeInvalid,
     approve_study,
@@ -18,6 +19,7 @@ from client.home import (
     list_studies,
     open_home,
     read_approved_study,
+    read_decision,
     read_study,
     receive_study,
     refuse_study,
@@ -119,6 +121,21 @@ def test_an_approval_can_be_withdrawn_and_given_again(world: Consortium, home: S
         read_approved_study(home, sha256)
     approve_study(home, sha256)
     read_approved_study(home, sha256)
+
+
+def test_a_decision_is_later_than_the_one_before_whatever_the_clock_says(
+    world: Consortium, home: SiteHome
+) -> None:
+    sha256 = offer(world, home).sha256
+    assert read_decision(home, sha256) == Decision("", 0)
+    approval = approve_study(home, sha256, clock=lambda: 1000.9).hex()
+    assert read_decision(home, sha256) == Decision(approval, 1000)
+    refuse_study(home, sha256, "second thoughts", clock=lambda: 500.0)
+    assert read_decision(home, sha256) == Decision("", 1001)
+    approve_study(home, sha256, clock=lambda: 2000.0)
+    assert read_decision(home, sha256) == Decision(approval, 2000)
+    (home.study_directory(sha256) / "decided").unlink()  # a study approved under an earlier release
+    assert read_decision(home, sha256) == Decision(approval, 0)
 
 
 def test_receiving_a_refused_study_again_does_not_approve_it(world: Consortium, home: SiteHome) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from common.enrolment import (
     verify_bundle,
 )
 from common.errors import (
+    ApprovalOutdated,
     ClockSkewed,
     EnrolmentInvalid,
     ListenAddressInvalid,
@@ -49,7 +51,6 @@ from server.submission import (
     submit_study,
     submitted_studies,
     verify_ready,
-    withdraw_approval,
 )
 from tests.common.test_enrolment import Keys
 
@@ -87,6 +88,15 @@ class Scene:
         manifest = format_study(self.submitted.study)
         return self.keys[site].message.sign(Purpose.APPROVAL, manifest).hex()
 
+    def decide(self, site: str, decision: str, *, decided_s: int, at: datetime = NOW) -> None:
+        """Send a decision as a site's link does."""
+        words = self.approval(site) if decision == "approve" else "-"
+        self.ask(site, Ask.APPROVAL, f"{self.submitted.study.sha256} {words} {decided_s}", at=at)
+
+    def held(self, site: str) -> bool:
+        [offer] = self.ask(site, Ask.STUDIES)["studies"]
+        return bool(offer["approved"])
+
     def missing(self) -> dict[str, str]:
         return find_submitted(self.home, "chest").missing
 
@@ -98,8 +108,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 @pytest.fixture()
 def scene(made: Scene) -> Scene:
-    for site in ("north", "south"):
-        withdraw_approval(made.home, "chest", site)
+    shutil.rmtree(made.submitted.directory / "approvals", ignore_errors=True)
     return made
 
 
@@ -125,7 +134,72 @@ def test_a_study_is_ready_when_every_site_has_approved(scene: Scene) -> None:
     scene.ask("south", Ask.APPROVAL, f"{scene.submitted.study.sha256} {scene.approval('south')}")
     verify_ready(find_submitted(scene.home, "chest"))
     scene.ask("south", Ask.APPROVAL, f"{scene.submitted.study.sha256} -")
-    assert scene.missing() == {"south": "has not approved"}
+    assert scene.missing() == {"south": "withdrew its approval"}
+
+
+def test_a_site_is_told_whether_its_approval_is_held(scene: Scene) -> None:
+    assert not scene.held("north")
+    scene.decide("north", "approve", decided_s=100)
+    assert scene.held("north") and not scene.held("south")
+    path = scene.submitted.directory / "approvals" / "north.sig"
+    path.write_text("00" * 64)  # damaged: it does not count, so it is not held
+    assert not scene.held("north")
+    scene.decide("north", "approve", decided_s=100)
+    scene.decide("north", "withdraw", decided_s=101)
+    assert not scene.held("north")
+
+
+def test_an_approval_from_before_the_withdrawal_is_refused(scene: Scene) -> None:
+    scene.decide("north", "approve", decided_s=100)
+    scene.decide("north", "withdraw", decided_s=200)
+    for decided_s in (0, 100, 200):
+        with pytest.raises(ApprovalOutdated, match="approve it again"):
+            scene.decide("north", "approve", decided_s=decided_s)
+    assert scene.missing()["north"] == "withdrew its approval"
+    scene.decide("north", "approve", decided_s=201)
+    assert "north" not in scene.missing()
+
+
+def test_a_withdrawal_is_taken_whatever_is_held(scene: Scene) -> None:
+    scene.decide("north", "approve", decided_s=300)
+    scene.decide("north", "withdraw", decided_s=200)  # a replayed one: the approval after it is sent again
+    assert not scene.held("north")
+    scene.decide("north", "approve", decided_s=300)
+    assert scene.held("north")
+    for decided_s in (400, 100):  # and one that comes again later takes nothing back
+        scene.decide("north", "withdraw", decided_s=decided_s)
+    with pytest.raises(ApprovalOutdated):
+        scene.decide("north", "approve", decided_s=400)
+
+
+def test_a_replayed_approval_does_not_undo_a_withdrawal(scene: Scene) -> None:
+    """Also in the form of a release that sent no time: the request's own counts."""
+    study = scene.submitted.study.sha256
+    approval, withdrawal = f"{study} {scene.approval('north')}", f"{study} -"
+    scene.ask("north", Ask.APPROVAL, approval, at=NOW - timedelta(minutes=20))
+    scene.ask("north", Ask.APPROVAL, withdrawal, at=NOW - timedelta(minutes=10))
+    with pytest.raises(ApprovalOutdated):
+        scene.ask("north", Ask.APPROVAL, approval, at=NOW - timedelta(minutes=20))
+    assert scene.missing()["north"] == "withdrew its approval"
+    scene.ask("north", Ask.APPROVAL, approval)
+    assert "north" not in scene.missing()
+
+
+def test_a_decision_out_of_the_future_counts_as_of_an_hour_from_its_request(scene: Scene) -> None:
+    scene.decide("north", "withdraw", decided_s=10**11)
+    with pytest.raises(ApprovalOutdated):
+        scene.ask("north", Ask.APPROVAL, f"{scene.submitted.study.sha256} {scene.approval('north')}")
+    scene.decide("north", "approve", decided_s=10**11, at=NOW + timedelta(minutes=1))
+    assert scene.held("north")
+
+
+def test_an_approval_of_an_earlier_release_still_counts(scene: Scene) -> None:
+    folder = scene.submitted.directory / "approvals"
+    folder.mkdir()
+    (folder / "north.sig").write_text(scene.approval("north"))
+    assert scene.held("north") and "north" not in scene.missing()
+    scene.decide("north", "withdraw", decided_s=100)
+    assert scene.missing()["north"] == "withdrew its approval"
 
 
 def test_an_approval_counts_only_with_the_sites_own_signature(scene: Scene) -> None:
@@ -136,7 +210,7 @@ def test_an_approval_counts_only_with_the_sites_own_signature(scene: Scene) -> N
         scene.ask("west", Ask.APPROVAL, f"{study} {scene.approval('west')}")
     with pytest.raises(StudyUnknown):
         scene.ask("north", Ask.APPROVAL, f"{'0' * 64} {scene.approval('north')}")
-    for argument in ("", study, f"{study} xyz", f"{study} - -"):
+    for argument in ("", study, f"{study} xyz", f"{study} - -", f"{study} - 1 2", f"{study} - 1{'0' * 12}"):
         with pytest.raises((EnrolmentInvalid, SignatureInvalid)):
             scene.ask("north", Ask.APPROVAL, argument)
     assert scene.missing() == {"north": "has not approved", "south": "has not approved"}

@@ -16,7 +16,7 @@ from deploy.local.control import RunStatus
 from deploy.server.app import NODES_NAME, OUTCOME_NAME
 from deploy.server.runs import StudyRuns, is_held, resume
 from server.enrolment import revoke
-from server.submission import find_submitted, withdraw_approval
+from server.submission import find_submitted
 from tests.deploy.server.test_endpoint import Scene
 
 ALIVE = RunStatus(finished=False, completed=False, text="running", details="")
@@ -53,17 +53,20 @@ class Stage:
     flower: Flower
     runs: StudyRuns
     now: list[float]
+    decided_s: int = 0
 
     @property
     def directory(self) -> Path:
         return self.scene.submitted.directory
 
     def approve(self, *sites: str) -> None:
-        from common.enrolment import Ask
-
         for site in sites:
-            argument = f"{self.scene.submitted.study.sha256} {self.scene.approval(site)}"
-            self.scene.ask(site, Ask.APPROVAL, argument)
+            self.decided_s += 1
+            self.scene.decide(site, "approve", decided_s=self.decided_s)
+
+    def withdraw(self, site: str) -> None:
+        self.decided_s += 1
+        self.scene.decide(site, "withdraw", decided_s=self.decided_s)
 
     def tick(self, after_s: float = 1.0) -> str:
         self.now[0] += after_s
@@ -161,19 +164,19 @@ def test_a_named_refusal_is_final_until_the_operator_says_resume(stage: Stage, r
 
 def test_a_withdrawal_before_a_study_has_begun_keeps_it_down(stage: Stage) -> None:
     stage.approve("north", "south")
-    withdraw_approval(stage.scene.home, "chest", "south")
+    stage.withdraw("south")
     assert [stage.tick(), stage.tick(1e6)] == ["waiting", "waiting"]
     assert not stage.flower.started
 
 
 def test_a_withdrawal_does_not_hold_the_others_hostage_after_a_crash(stage: Stage) -> None:
     stage.begin()
-    withdraw_approval(stage.scene.home, "chest", "south")
+    stage.withdraw("south")
     assert stage.tick() == "running"
     stage.end()
     assert [stage.tick(), stage.tick(6.0)] == ["retrying", "running"]
     said = stage.said()
-    assert said["missing"] == {"south": "has not approved"} and said["reason"] == ""
+    assert said["missing"] == {"south": "withdrew its approval"} and said["reason"] == ""
     assert len(stage.flower.started) == 2
 
 
@@ -196,18 +199,18 @@ def test_a_study_that_has_begun_starts_again_under_a_new_server(stage: Stage) ->
 def test_below_the_floor_a_study_that_has_begun_waits_and_says_for_whom(stage: Stage) -> None:
     stage.begin()
     stage.revoke("south")
-    withdraw_approval(stage.scene.home, "chest", "north")
+    stage.withdraw("north")
     stage.end()
     assert [stage.tick(), stage.tick(1e6)] == ["waiting", "waiting"]
     assert "expected at least 1 of its sites (cohort.min_sites), got 0" in stage.said()["reason"]
-    assert "north has not approved; south revoked" in stage.said()["reason"]
+    assert "north withdrew its approval; south revoked" in stage.said()["reason"]
     stage.approve("north")
     assert stage.tick() == "running"
 
 
 def test_who_withdrew_is_not_spoken_to_until_it_approves_again(stage: Stage) -> None:
     stage.begin()
-    withdraw_approval(stage.scene.home, "chest", "south")
+    stage.withdraw("south")
     stage.tick()
     assert stage.nodes() == {"north": 1}
     stage.approve("south")
@@ -231,7 +234,7 @@ def test_only_so_many_studies_run_at_once(stage: Stage) -> None:
     from server.submission import record_approval
 
     signature = stage.scene.keys["north"].message.sign(Purpose.APPROVAL, format_study(second.study))
-    record_approval(stage.scene.home, "zweite", "north", signature)
+    record_approval(stage.scene.home, "zweite", "north", signature, decided_s=1)
     stage.tick()
     states = stage.runs.tick({})
     assert (states["chest"]["state"], states["zweite"]["state"]) == ("running", "queued")
