@@ -3,6 +3,8 @@
 Guarantees: a program that ends is started again after 1, 2, 4 … 60 s (from 1 s again once it has run for a
 minute); SIGTERM ends every program and its children; a kill -9 of the supervisor does too
 (`deploy.local.guardian`); a start after that first ends what may be left; one supervisor per directory.
+No `*.log` in its folder of logs, a program's or the proxy's, grows beyond 16 MiB and what comes in half a
+minute: it is copied to `*.log.1`, over the one of before, and emptied; lines written meanwhile are lost.
 It does not judge whether a living program works: `wait_ready` and the programs' own checks do.
 """
 
@@ -13,6 +15,7 @@ import fcntl
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +35,8 @@ FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 60.0
 RESTLESS_ENDS = 3
 _SETTLED_S = 60.0
-_MAX_LOG_BYTES = 16 << 20
+MAX_LOG_BYTES = 16 << 20
+_LOGS_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Supervisor:
         self._token = token
         self._clock = clock
         self._running: dict[str, _Running] = {}
+        self._capped = -1e9
 
     def start(self, program: Program) -> None:
         """Start a program and keep it up from now on."""
@@ -113,6 +118,9 @@ class Supervisor:
                 self._note_end(running, process)
             if running.process is None and self._clock() >= running.due:
                 self._launch(running)
+        if self._clock() - self._capped >= _LOGS_S:
+            self._capped = self._clock()
+            cap_logs(self._logs)
         return ended
 
     def pid(self, name: str) -> int | None:
@@ -156,8 +164,6 @@ class Supervisor:
     def _launch(self, running: _Running) -> None:
         program = running.program
         path = self._logs / f"{program.name}.log"
-        if path.exists() and path.stat().st_size > _MAX_LOG_BYTES:
-            path.replace(path.with_suffix(".log.1"))
         account = program.account
         identity = (
             {"user": account.uid, "group": account.gid, "extra_groups": list(account.groups)}
@@ -251,6 +257,23 @@ def supervisor(directory: Path, *, logs: Path) -> Iterator[Supervisor]:
                 if guardian.stdin is not None:
                     guardian.stdin.close()
                 guardian.wait()
+
+
+def cap_logs(folder: Path) -> None:
+    """Copy each `*.log` over 16 MiB to `*.log.1` and empty it; whoever writes must have opened it to append.
+
+    One that cannot be copied or emptied stays as it is until the next time.
+    """
+    for path in folder.glob("*.log"):
+        try:
+            if path.is_symlink() or path.stat().st_size <= MAX_LOG_BYTES:
+                continue
+            kept = path.with_suffix(".log.1")
+            kept.unlink(missing_ok=True)  # first, so that a full disk has room for the newer one
+            shutil.copy(path, kept)
+            os.truncate(path, 0)
+        except OSError as error:
+            log.warning("a log could not be cut: %s", error.strerror or type(error).__name__)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

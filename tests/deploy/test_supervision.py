@@ -14,7 +14,7 @@ import pytest
 
 from common.errors import EngineBusy
 from deploy.local.guardian import marked_processes
-from deploy.supervision import Account, Program, supervisor
+from deploy.supervision import MAX_LOG_BYTES, Account, Program, supervisor
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 SLEEPER = ["/bin/sh", "-c", "echo up; sleep 1000 & sleep 1000"]
@@ -76,6 +76,40 @@ def test_pauses_grow_up_to_a_minute(tmp_path: Path) -> None:
             now[0] += 0.02
             programs.tick()
             assert programs._running["one"].process is not None and ends == programs.state()["one"]["ends"]
+
+
+def test_no_log_grows_without_end(tmp_path: Path) -> None:
+    """A program's, and the proxy's beside it; the program goes on writing to the same file."""
+    logs, now = tmp_path / "logs", [0.0]
+    with supervisor(tmp_path / "run", logs=logs) as programs:
+        programs._clock = lambda: now[0]
+        programs.start(program("one", "/bin/sh", "-c", "while sleep 0.05; do echo again; done"))
+        mine, door = logs / "one.log", logs / "nginx-access.log"
+        for mark in (b"0", b"1", b"2"):
+            for path in (mine, door):
+                with path.open("ab") as file:
+                    file.write(mark * (MAX_LOG_BYTES + 1))
+            programs.tick()  # too soon after the last look, but for the first
+            now[0] += 60.0
+            programs.tick()
+            assert mine.stat().st_size < 1000 and door.stat().st_size == 0
+            for path in (mine, door):
+                assert mark * 1000 in path.with_suffix(".log.1").read_bytes()
+            until(lambda: mine.read_bytes().startswith(b"again\n"))
+        assert sum(path.stat().st_size for path in logs.iterdir()) < 3 * MAX_LOG_BYTES
+
+
+def test_a_log_that_cannot_be_cut_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logs = tmp_path / "logs"
+    with supervisor(tmp_path / "run", logs=logs) as programs:
+        programs.start(program("one"))
+        with (logs / "one.log").open("ab") as file:
+            file.truncate(MAX_LOG_BYTES + 1)
+        (logs / "one.log.1" / "in the way").mkdir(parents=True)
+        programs.tick()
+        assert programs.pid("one") is not None
+        assert (logs / "one.log").stat().st_size > MAX_LOG_BYTES
+    assert "a log could not be cut" in caplog.text
 
 
 def test_leaving_ends_every_program_and_its_children(tmp_path: Path) -> None:

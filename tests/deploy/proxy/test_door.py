@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_a_body_over_the_limit_is_refused(lab: Lab) -> None:
     }
     assert lab.ask(SITE_API, certificate=None, body=b"x" * (65 << 10)) in {0, 413, 502}
     assert lab.backend.seen == [*before, PULL] or lab.proxy is Proxy.CADDY
+
+
+def test_the_proxys_own_logs_may_be_cut_while_it_writes_them(lab: Lab) -> None:
+    """`deploy.supervision.cap_logs` empties a file in place, which needs a writer that appends."""
+    assert lab.process is not None
+    flags = {}
+    for link in Path(f"/proc/{lab.process.pid}/fd").iterdir():
+        if link.resolve().parent == lab.door.logs and link.resolve().name != "proxy.log":
+            info = Path(f"/proc/{lab.process.pid}/fdinfo/{link.name}").read_text()
+            flags[link.resolve().name] = int(info.split("flags:")[1].split()[0], 8)
+    named = {"nginx-access.log", "nginx-error.log"} if lab.proxy is Proxy.NGINX else {"caddy.log"}
+    assert set(flags) == named
+    assert all(flag & os.O_APPEND for flag in flags.values())
 
 
 def test_a_site_may_not_ask_without_end(tmp_path: Path) -> None:
