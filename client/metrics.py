@@ -1,16 +1,17 @@
-"""Prometheus metrics of one site, made from its ledger, its studies and its agent's structured log.
+"""Prometheus metrics of one site, made from its ledger, its studies, its agent's structured log and its link.
 
 Read at each scrape while the agent may be running: nothing is locked or changed. Labels are a study's id or
-the start of its hash, and an error's name. Nothing counts patients, images or reports, and no metric is made
-of data. It listens on loopback unless told otherwise; it is for the hospital's own monitoring, and nothing
-of it goes to the operator.
+the start of its hash, a stage, a direction, and an error's name. Nothing counts patients, images or reports,
+and no metric is made of data. It listens on loopback unless told otherwise; it is for the hospital's own
+monitoring, and nothing of it goes to the operator.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 LOG_NAME = Path("logs") / "agent.jsonl"
+LINK_NAME = "link.json"
+SERVED = "answered a stage"
 _REASON = re.compile(r"[A-Z][A-Za-z]{2,50}")
 
 
@@ -33,6 +36,7 @@ class SiteCollector:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._seen: dict[tuple[int, int], BudgetSummary] = {}
+        self._log = AgentLog(directory / LOG_NAME)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of the site; `fedrad_site_readable` is 0 where its directory cannot be read."""
@@ -41,7 +45,13 @@ class SiteCollector:
         readable = GaugeMetricFamily("fedrad_site_readable", "1 where the site's directory could be read.")
         try:
             home = open_home(self._directory)
-            families = [*_budget(self._summary(home)), *_studies(home), *_log(home.directory / LOG_NAME)]
+            self._log.read()
+            families = [
+                *_budget(self._summary(home)),
+                *_studies(home),
+                *_log(self._log),
+                *_link(home.directory / "run" / LINK_NAME),
+            ]
         except (FedRadError, OSError):
             readable.add_metric([], 0)
             yield readable
@@ -114,39 +124,87 @@ def _studies(home: SiteHome) -> Iterator[Metric]:
     yield from (approved, seen)
 
 
-def _log(path: Path) -> Iterator[Metric]:
+def _log(log: AgentLog) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily
 
     refusals = CounterMetricFamily(
         "fedrad_site_refusals", "Requests that the agent refused, since its log began.", labels=["reason"]
     )
-    for reason, count in sorted(refusals_by_reason(path).items()):
+    for reason, count in sorted(log.refusals.items()):
         refusals.add_metric([reason], count)
-    yield refusals
+    seconds = CounterMetricFamily(
+        "fedrad_site_stage_seconds", "Seconds the agent worked in a stage.", labels=["study", "stage"]
+    )
+    answers = CounterMetricFamily(
+        "fedrad_site_stage_answers", "Requests of a stage that it answered.", labels=["study", "stage"]
+    )
+    for key, spent in sorted(log.seconds.items()):
+        seconds.add_metric(key, spent)
+        answers.add_metric(key, log.answers[key])
+    yield from (refusals, seconds, answers)
 
 
-def refusals_by_reason(path: Path) -> Counter[str]:
-    """Count the refusals in an agent's structured log by the error's name; torn lines are left out."""
-    counts: Counter[str] = Counter()
-    if not path.is_file():
-        return counts
-    with path.open("rb") as handle:
-        for line in handle:
-            reason = _refusal(line)
-            if reason:
-                counts[reason] += 1
-    return counts
+def _link(path: Path) -> Iterator[Metric]:
+    """Bytes that the gateway has carried since the link started; none where it never ran."""
+    from prometheus_client.core import CounterMetricFamily
 
-
-def _refusal(line: bytes) -> str:
-    if b'"refused ' not in line:
-        return ""
+    carried = CounterMetricFamily(
+        "fedrad_site_bytes", "Bytes carried between SuperNode and server.", labels=["direction"]
+    )
     try:
-        value: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return ""
-    names = [item for item in value.get("values", []) if isinstance(item, str) and _REASON.fullmatch(item)]
-    return str(value.get("reason") or (names[-1] if names else "other"))
+        value = json.loads(path.read_text())
+        for direction in ("up", "down"):
+            carried.add_metric([direction], int(value[f"bytes_{direction}"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    yield carried
+
+
+class AgentLog:
+    """What an agent's structured log adds up to; each line is read once, a torn one when it is whole.
+
+    When the log begins anew (at 16 MB), so does the reading; the sums go on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = self._end = 0
+        self.refusals: Counter[str] = Counter()
+        self.seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self.answers: Counter[tuple[str, str]] = Counter()
+
+    def read(self) -> None:
+        """Read what was added since the last time."""
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as handle:
+            status = os.fstat(handle.fileno())
+            if status.st_ino != self._inode or status.st_size < self._end:
+                self._inode, self._end = status.st_ino, 0
+            handle.seek(self._end)
+            for line in handle:
+                if not line.endswith(b"\n"):
+                    break
+                self._end += len(line)
+                self._add(line)
+
+    def _add(self, line: bytes) -> None:
+        if b'"refused ' not in line and SERVED.encode() not in line:
+            return
+        try:
+            value: dict[str, Any] = json.loads(line)
+        except ValueError:
+            return
+        if value.get("event") == SERVED:
+            study, stage, spent = (value.get(name) for name in ("study", "stage", "seconds"))
+            if isinstance(study, str) and isinstance(stage, str) and isinstance(spent, int | float):
+                self.seconds[study[:12], stage] += spent
+                self.answers[study[:12], stage] += 1
+            return
+        names = [
+            item for item in value.get("values", []) if isinstance(item, str) and _REASON.fullmatch(item)
+        ]
+        self.refusals[str(value.get("reason") or (names[-1] if names else "other"))] += 1
 
 
 def registry_of(directory: Path) -> CollectorRegistry:

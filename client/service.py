@@ -14,9 +14,10 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ import grpc
 from client import agent_pb2, agent_pb2_grpc
 from client.socket_guard import LIMITS, Limits, SocketGuard, TokenBucket
 from common.errors import AgentUnavailable, BodyTooLarge, FedRadError, PeerRefused, PeerTooSlow, TooFrequent
-from common.protocol import Bytes, Envelope, Stage, cut_envelope
+from common.protocol import Bytes, Envelope, Stage, cut_envelope, read_header
 
 if TYPE_CHECKING:
     from client.agent import Progress, SiteAgent
@@ -186,7 +187,10 @@ class AgentService:
         try:
             with self._call(), self._turns.hold(context.is_active):
                 watchdog.allow(0)
-                reply = self._agent.handle(stage, self._read(frames, limit, watchdog))
+                request = self._read(frames, limit, watchdog)
+                began = time.monotonic()
+                reply = self._agent.handle(stage, request)
+                _log_served(stage, reply, seconds=time.monotonic() - began)
                 watchdog.allow(len(reply))
                 yield from _frames(reply.frame, reply.body)
         except FedRadError as error:
@@ -280,6 +284,14 @@ _SERVER_OPTIONS = [*_OPTIONS, ("grpc.max_concurrent_streams", 16)]
 
 def _refused(error: FedRadError) -> None:
     log.warning("refused a call: %s: %s", error.code, error)
+
+
+def _log_served(stage: Stage, reply: Envelope, *, seconds: float) -> None:
+    from client.metrics import SERVED
+
+    with suppress(FedRadError):  # of a form that this release does not read: nothing to add up
+        study = read_header(reply, max_body_bytes=MAX_MESSAGE_BYTES).study
+        log.info(SERVED, extra={"study": study, "stage": stage.value, "seconds": round(seconds, 3)})
 
 
 def _frames(*pieces: Bytes) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -10,12 +11,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from client.budget import Budget, BudgetLimits
 from client.home import SiteHome, create_home, receive_study
-from client.metrics import LOG_NAME, refusals_by_reason, registry_of
+from client.metrics import LOG_NAME, SERVED, AgentLog, registry_of
 from common.config import Study
 from common.errors import BudgetExceeded, RoundAlreadyServed
 from common.identity import load_key
@@ -86,13 +87,60 @@ def test_refusals_are_counted_by_the_errors_name(home: SiteHome) -> None:
     log.removeHandler(handler)
     with (home.directory / LOG_NAME).open("a") as file:
         file.write('{"event": "refused %s", "val')
-    assert refusals_by_reason(home.directory / LOG_NAME) == {"BudgetExceeded": 2, "RoundAlreadyServed": 1}
+    read = AgentLog(home.directory / LOG_NAME)
+    read.read()
+    assert read.refusals == {"BudgetExceeded": 2, "RoundAlreadyServed": 1}
     assert samples(home)["fedrad_site_refusals_total", ("BudgetExceeded",)] == 2
+
+
+def line(stage: str, seconds: object) -> str:
+    return json.dumps({"event": SERVED, "study": "ab" * 32, "stage": stage, "seconds": seconds}) + "\n"
+
+
+def test_seconds_per_stage_go_on_over_a_torn_line_and_a_log_that_begins_anew(home: SiteHome) -> None:
+    path, registry = home.directory / LOG_NAME, registry_of(home.directory)
+    path.parent.mkdir()
+    torn = line("contribute", 5.0)
+    path.write_text(line("hello", 0.5) + line("contribute", 2.0) + line("keys", "x") + torn[:30])
+    assert stage_seconds(registry) == {"hello": (0.5, 1), "contribute": (2.0, 1)}
+    with path.open("a") as handle:
+        handle.write(torn[30:])
+    assert stage_seconds(registry) == {"hello": (0.5, 1), "contribute": (7.0, 2)}
+    path.rename(path.with_suffix(".jsonl.1"))
+    path.write_text(line("hello", 0.25))
+    assert stage_seconds(registry) == {"hello": (0.75, 2), "contribute": (7.0, 2)}
+
+
+def stage_seconds(registry: CollectorRegistry) -> dict[str, tuple[float, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            if "stage" in sample.labels:
+                assert sample.labels["study"] == "ab" * 6
+                found.setdefault(sample.labels["stage"], {})[sample.name] = sample.value
+    return {
+        stage: (value["fedrad_site_stage_seconds_total"], value["fedrad_site_stage_answers_total"])
+        for stage, value in found.items()
+    }
+
+
+def test_bytes_are_those_that_the_link_has_carried(home: SiteHome) -> None:
+    assert ("fedrad_site_bytes_total", ("up",)) not in samples(home)
+    path = home.directory / "run" / "link.json"
+    path.parent.mkdir()
+    path.write_text('{"bytes_up": 7')
+    assert samples(home)["fedrad_site_readable", ()] == 1
+    path.write_text('{"bytes_up": 70, "bytes_down": 900}')
+    found = samples(home)
+    assert (found["fedrad_site_bytes_total", ("up",)], found["fedrad_site_bytes_total", ("down",)]) == (
+        70,
+        900,
+    )
 
 
 def test_labels_stay_few_and_nothing_counts_patients(home: SiteHome) -> None:
     text = generate_latest(registry_of(home.directory)).decode()
-    assert set(re.findall(r'[{,](\w+)="', text)) <= {"study", "reason"}
+    assert set(re.findall(r'[{,](\w+)="', text)) <= {"study", "reason", "stage", "direction"}
     assert "patient" not in text.lower()
 
 

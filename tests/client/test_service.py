@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 from client import agent_pb2, agent_pb2_grpc, service
 from client.agent import Progress, SiteAgent
 from client.home import open_home
+from client.metrics import AgentLog
 from client.service import FRAME_BYTES, AgentRefused, ProgressBoard, call_agent, start_service
 from common.errors import AgentUnavailable, BodyTooLarge
+from common.logs import start_json_log
 from common.protocol import SERVER, Envelope, Stage, pack_body, seal_request
 from tests.simulator import POOL, Consortium, build, split_message
 
@@ -56,6 +59,22 @@ def call(path: Path, envelope: Envelope) -> Envelope:
 def test_a_request_goes_to_the_agent_and_its_reply_comes_back(world: Consortium, path: Path) -> None:
     reply = call(path, hello(world))
     assert split_message(reply)[0].sender == SITE
+
+
+def test_an_answered_stage_is_one_line_of_the_log_and_counts_with_its_seconds(
+    world: Consortium, path: Path, tmp_path: Path
+) -> None:
+    log = AgentLog(tmp_path / "agent.jsonl")
+    handler = start_json_log(tmp_path / "agent.jsonl")
+    try:
+        for _ in range(2):
+            call(path, hello(world))
+    finally:
+        handler.close()
+        logging.getLogger("fedrad").removeHandler(handler)
+    log.read()
+    key = (world.study.sha256[:12], "hello")
+    assert log.answers == {key: 2} and 0 < log.seconds[key] < 600
 
 
 def test_a_refusal_before_authentication_crosses_by_name(world: Consortium, path: Path) -> None:
