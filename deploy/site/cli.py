@@ -79,10 +79,13 @@ def link(
 ) -> None:
     """Run the connection alone: gateway, renewal, studies (the site's user; part of `up`)."""
     from client.proxy import choose_proxy
+    from common.logs import start_json_log
     from deploy.site.link import SiteLink
 
+    opened = _open(home)
     stop = _stop_on_signal()
-    SiteLink(_open(home), port=port, proxy=choose_proxy(proxy), host=host).run(stop)
+    start_json_log(opened.directory / "logs" / "link.jsonl")
+    SiteLink(opened, port=port, proxy=choose_proxy(proxy), host=host).run(stop)
 
 
 @app.command("relay-files")

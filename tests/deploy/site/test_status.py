@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ from server.enrolment import approve
 from server.studies import study_template
 from server.submission import submit_study
 
+ROOT = Path(__file__).parents[3]
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 
@@ -106,6 +108,31 @@ def test_a_proxy_of_an_unknown_kind_is_refused_before_anything_starts(
     with pytest.raises(ProxyUnsupported, match="https"):
         app(["up", "--home", str(scene[0].directory), "--proxy", "https://proxy:3129"], standalone_mode=False)
     assert not (scene[0].directory / "run" / "supervisor.lock").exists()
+
+
+def test_a_link_of_its_own_logs_without_data(scene: tuple[SiteHome, Any, str]) -> None:
+    """`fedrad-site link` as a unit starts it; the proxy's password is in neither log nor status."""
+    home = scene[0]
+    log, status = home.directory / "logs" / "link.jsonl", home.directory / "run" / "link.json"
+    status.unlink(missing_ok=True)
+    with subprocess.Popen(
+        [sys.executable, "-m", "deploy.site.cli", "link", "--home", str(home.directory), "--port", "0"],
+        cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "FEDRAD_PROXY": "http://it:s3cret@127.0.0.1:1"},
+    ) as process:  # fmt: skip
+        try:
+            end = time.monotonic() + 60
+            while not (log.is_file() and log.read_bytes().endswith(b"\n") and status.is_file()):
+                assert process.poll() is None and time.monotonic() < end
+                time.sleep(0.05)
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+    line = json.loads(log.read_text().splitlines()[0])
+    assert (line["logger"], line["values"]) == ("fedrad.link", ["ServerUnreachable"])
+    assert "does not serve this site" in line["event"]
+    assert "127.0.0.1:1" in json.loads(status.read_text())["error"]
+    assert "s3cret" not in log.read_text() + status.read_text()
+    assert log.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_program_that_does_not_run_is_named_with_its_log(scene: tuple[SiteHome, Any, str]) -> None:
