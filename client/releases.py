@@ -65,7 +65,11 @@ class ModelStore:
         self.directory = directory
 
     def trust(self, root: bytes, ledger: LedgerTrust) -> None:
-        """Pin the TUF root and a log that this site believes; an existing pin is never replaced."""
+        """Pin the TUF root and a log that this site believes; an existing pin is never replaced.
+
+        Raises ReleaseUnproven for another pin, and for a file that is no root that signs itself.
+        """
+        _verify_root(root)
         name = sha256_hex(ledger.log.name.encode())[:32]
         folder = self.directory / "trust"
         for path, data in (
@@ -326,6 +330,20 @@ def _named(error: Exception) -> FedRadError:
     if isinstance(error, exceptions.RepositoryError | exceptions.DownloadLengthMismatchError):
         return ReleaseUnproven(f"release repository: {error}")
     return ReleaseSourceUnreachable(f"release repository: {error}")
+
+
+def _verify_root(root: bytes) -> None:
+    """Raise ReleaseUnproven unless this is a TUF root that enough of its own keys have signed."""
+    from tuf.api import exceptions
+    from tuf.api.metadata import Metadata, Root
+
+    try:
+        metadata = Metadata[Root].from_bytes(root)
+        if metadata.signed.type != Root.type:
+            raise ReleaseUnproven(f"expected a release repository's root, got its {metadata.signed.type}")
+        metadata.signed.verify_delegate(Root.type, metadata.signed_bytes, metadata.signatures)
+    except exceptions.RepositoryError as error:
+        raise ReleaseUnproven(f"expected a release repository's signed root, got: {error}") from error
 
 
 def _checked_reason(reason: str) -> str:

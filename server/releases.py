@@ -80,15 +80,15 @@ def propose_root(keys: RoleKeys, *, version: int, now: datetime) -> bytes:
 
 
 def sign_root(root: bytes, key: SigningKey) -> bytes:
-    """Add one signature to a proposed root."""
-    metadata = Metadata[Root].from_bytes(root)
+    """Add one signature to a proposed root; raises RepositoryInvalid for what is none."""
+    metadata = _parse_root(root)
     metadata.sign(_signer(key), append=True)
     return bytes(metadata.to_bytes())
 
 
 def install_root(repository: Path, root: bytes) -> None:
     """Place a signed root in a repository; raises RepositoryInvalid below its threshold or the one before."""
-    metadata = Metadata[Root].from_bytes(root)
+    metadata = _parse_root(root)
     folder = repository / "metadata"
     previous = _latest(folder, Root.type)
     try:
@@ -239,6 +239,16 @@ def _expiry(now: datetime, lifetime: timedelta) -> datetime:
     return (now.astimezone(UTC) + lifetime).replace(microsecond=0)
 
 
+def _parse_root(root: bytes) -> Metadata[Root]:
+    try:
+        metadata = Metadata[Root].from_bytes(root)
+    except RepositoryError as error:
+        raise RepositoryInvalid(f"root: {error}") from error
+    if metadata.signed.type != Root.type:
+        raise RepositoryInvalid(f"root: expected root metadata, got {metadata.signed.type}")
+    return metadata
+
+
 def _signer(key: SigningKey) -> CryptoSigner:
     return CryptoSigner(key.private)
 
@@ -246,4 +256,7 @@ def _signer(key: SigningKey) -> CryptoSigner:
 def _tuf_key(public: str) -> SSlibKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    return SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)))
+    try:
+        return SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)))
+    except ValueError as error:
+        raise RepositoryInvalid(f"expected a public key of 64 hex digits, got {public[:80]!r}") from error

@@ -34,7 +34,7 @@ from server.releases import (
     sign_root,
 )
 from tests.common.ledger.consortium import adapter_file, key_of
-from tests.server_releases import NOW, ONLINE, Consortium
+from tests.server_releases import NOW, ONLINE, ROOT_SIGNERS, Consortium
 
 USER = "local:radiology"
 
@@ -333,7 +333,7 @@ def test_an_unknown_version_source_or_missing_trust_is_named(
 def test_a_pinned_root_or_ledger_is_never_replaced(consortium: Consortium, store: ModelStore) -> None:
     store.trust(consortium.root, consortium.trust)
     with pytest.raises(ReleaseUnproven, match="never replaced"):
-        store.trust(b"other", consortium.trust)
+        store.trust(consortium.signed_root(1, ROOT_SIGNERS), consortium.trust)
     assert parse_trust(format_trust(consortium.trust)) == consortium.trust
 
 
@@ -408,3 +408,13 @@ def test_decisions_of_two_processes_wait_for_each_other(consortium: Consortium, 
             assert store.current() is None
             fcntl.flock(other, fcntl.LOCK_UN)
             assert deciding.result(60) == Current(1, 0)
+
+
+def test_what_is_no_signed_root_is_not_pinned(consortium: Consortium, tmp_path: Path) -> None:
+    store = ModelStore(tmp_path / "fresh")
+    targets = max((consortium.repository / "metadata").glob("*.targets.json"))
+    for wrong in (b"", b"{}", b"a file of another kind", targets.read_bytes(), consortium.signed_root(1, ())):
+        with pytest.raises(ReleaseUnproven, match="expected a release repository's"):
+            store.trust(wrong, consortium.trust)
+    assert not store.directory.exists()
+    store.trust(consortium.root, consortium.trust)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -102,6 +103,22 @@ def test_the_next_root_needs_the_signatures_of_the_one_before(consortium: Consor
     )
     with pytest.raises(RepositoryInvalid, match="root"):
         install_root(consortium.repository, sign_root(taken_over, key_of("mallory")))
+
+
+@pytest.mark.parametrize("wrong", ["", "00", "zz" * 32, "0" * 63])
+def test_a_key_that_is_none_makes_no_root(wrong: str) -> None:
+    for keys in (replace(KEYS, root=(wrong,), threshold=1), replace(KEYS, snapshot=wrong)):
+        with pytest.raises(RepositoryInvalid, match="64 hex digits"):
+            propose_root(keys, version=1, now=NOW)
+
+
+def test_what_is_no_root_is_neither_signed_nor_installed(consortium: Consortium) -> None:
+    targets = max((consortium.repository / "metadata").glob("*.targets.json"))
+    for wrong in (b"", b"{}", b"\xff", b"[" * 100_000, targets.read_bytes()):
+        with pytest.raises(RepositoryInvalid, match="root: "):
+            sign_root(wrong, key_of("amber"))
+        with pytest.raises(RepositoryInvalid, match="root: "):
+            install_root(consortium.repository, wrong)
 
 
 def test_a_repository_without_a_root_is_refused(tmp_path: Path) -> None:
