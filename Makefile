@@ -39,8 +39,8 @@ figures: $(STAMP)
 	$(BIN)/python -m deploy.local.figures --out docs/figures
 
 # From Debian: tesseract reads burned-in text in X-rays, nginx and Caddy stand before the server,
-# systemd judges units, Chromium shows pages. Tests whose program cannot be had are skipped.
-DEBIAN := tesseract-ocr nginx-light caddy systemd chromium
+# systemd judges units, Chromium shows pages, nftables holds the relay. Tests whose program cannot be had are skipped.
+DEBIAN := tesseract-ocr nginx-light caddy systemd chromium iproute2 nftables
 system:
 	@present=$$(dpkg-query -W -f='$${Package} $${Status}\n' $(DEBIAN) 2>/dev/null | grep -c "ok installed" || true); \
 	[ "$$present" = $(words $(DEBIAN)) ] || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
