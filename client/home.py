@@ -30,7 +30,7 @@ from common.errors import (
     StudyNotApproved,
     StudyUnknown,
 )
-from common.files import write_atomic
+from common.files import read_settings, write_atomic
 from common.identity import Purpose, SigningKey, load_key, load_or_create_key, verify_signature
 
 
@@ -157,11 +157,11 @@ def open_home(directory: Path, *, credentials: Path | None = None) -> SiteHome:
     """
     path = directory / "site.json"
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SiteHomeInvalid(
-            f"{path}: expected a site's settings, got none; run `fedrad-site enrol`"
-        ) from error
+        value = read_settings(path)
+    except ValueError as error:
+        raise SiteHomeInvalid(str(error)) from error
+    if value is None:
+        raise SiteHomeInvalid(f"{path}: expected a site's settings, got none; run `fedrad-site enrol`")
     fields = {"site", "operator_key", "data", "bases", "epsilon", "delta"}
     if not isinstance(value, dict) or set(value) != fields:
         raise SiteHomeInvalid(f"{path}: expected the fields {', '.join(sorted(fields))}")

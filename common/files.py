@@ -7,8 +7,10 @@ files carry the suffix `.partial` and the writer's pid, and are safe to delete.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_atomic(path: Path, *pieces: bytes | bytearray | memoryview, mode: int = 0o644) -> None:
@@ -26,6 +28,22 @@ def write_atomic(path: Path, *pieces: bytes | bytearray | memoryview, mode: int 
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def read_settings(path: Path) -> Any:
+    """Read a JSON file that may not be there yet; None where it is not.
+
+    Raises ValueError that names the file, for the caller to name, where it cannot be read or is no JSON: then
+    making it anew is not what helps.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"{path}: expected a file that this account can read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got a damaged file; restore it from a backup") from error
 
 
 def cut_torn_line(path: Path) -> bytes:

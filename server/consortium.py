@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from common.certificates import Authority
 from common.errors import ConsortiumInvalid
-from common.files import write_atomic
+from common.files import read_settings, write_atomic
 from common.identity import SigningKey, load_key, load_or_create_key
 from server.authority import (
     create_authority,
@@ -184,11 +184,13 @@ def open_server_home(directory: Path, *, credentials: Path | None = None) -> Ser
     """Read a consortium's directory; raises ConsortiumInvalid naming file and field."""
     path = directory / "server.json"
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = read_settings(path)
+    except ValueError as error:
+        raise ConsortiumInvalid(str(error)) from error
+    if value is None:
         raise ConsortiumInvalid(
             f"{path}: expected a consortium's settings, got none; run `fedrad-server init`"
-        ) from error
+        )
     if not isinstance(value, dict) or value.keys() != {"consortium", "address"}:
         raise ConsortiumInvalid(f"{path}: expected the fields consortium and address")
     if not isinstance(value["consortium"], str) or not _NAME.fullmatch(value["consortium"]):

@@ -226,3 +226,17 @@ def test_an_enrolled_sites_directory_does_not_become_another_sites(tmp_path: Pat
     (tmp_path / "enrolment.json").write_text("{}")
     with pytest.raises(SiteHomeInvalid, match="north, got south"):
         create_home(tmp_path, site="south", operator_key="", data=tmp_path, bases={})
+
+
+@pytest.mark.parametrize("held", [b"", b"{", b"\xff", b"[" * 100_000, None])
+def test_settings_that_cannot_be_read_do_not_ask_for_a_new_enrolment(
+    tmp_path: Path, held: bytes | None
+) -> None:
+    """`None`: a folder lies where the file should be."""
+    path = tmp_path / "site.json"
+    path.mkdir() if held is None else path.write_bytes(held)
+    with pytest.raises(SiteHomeInvalid, match=r"site\.json: expected (JSON|a file that)") as refused:
+        open_home(tmp_path)
+    assert "enrol" not in str(refused.value)
+    with pytest.raises(SiteHomeInvalid, match="run `fedrad-site enrol`"):
+        open_home(tmp_path / "none")

@@ -101,6 +101,15 @@ def test_a_wrong_policy_is_refused_by_name(home: ServerHome, text: str) -> None:
         open_server_home(home.directory)
 
 
+def test_damaged_settings_do_not_ask_for_a_new_consortium(home: ServerHome) -> None:
+    (home.directory / "server.json").write_bytes(b"{torn")
+    with pytest.raises(ConsortiumInvalid, match="restore it from a backup"):
+        open_server_home(home.directory)
+    (home.directory / "server.json").unlink()
+    with pytest.raises(ConsortiumInvalid, match="run `fedrad-server init`"):
+        open_server_home(home.directory)
+
+
 def test_the_authority_opens_only_with_its_passphrase(tmp_path: Path) -> None:
     create_authority(tmp_path, consortium="lab", now=NOW, passphrase=b"a long one")
     with pytest.raises(CertificateInvalid):
