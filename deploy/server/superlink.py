@@ -1,10 +1,11 @@
-"""Flower's SuperLink with two things that it has no option for: a tolerant clock, and a rate for each site.
+"""Flower's SuperLink with what it has no option for: a tolerant clock, a rate per site, own messages only.
 
 Flower takes a node's signed timestamp when it is at most 300 s old, but only 5 s ahead of the server. Here it
 may be ahead by the consortium's tolerance: `python -m deploy.server.superlink SECONDS ARGUMENTS…`.
 A call of the Fleet API counts for the node key that it names, which the door has compared with the site's
 certificate, and gets 429 beyond the rate that nginx also keeps: Debian's Caddy keeps none. One that names two
-keys gets 400: door, rate and Flower need not read the same one of them.
+keys gets 400: door, rate and Flower need not read the same one of them. What a node may fetch, confirm and
+push is the business of `own_messages`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from common.errors import TooFrequent
 from common.pace import Pace
 from deploy.proxy.render import FLEET_BURST, FLEET_PER_S
+from deploy.server.own_messages import guard_fleet
 
 _FLEET = "/v1/fleet/"
 _NODE_KEY = b"flwr-public-key"
@@ -47,12 +49,14 @@ async def _refuse(send: Any, status: int, *more: tuple[bytes, bytes]) -> None:
 
 
 def main() -> None:
-    """Set tolerance and rate, and become `flower-superlink`."""
+    """Set tolerance, rate and whose messages are whose, and become `flower-superlink`."""
     from flwr.superlink import main as superlink
     from flwr.superlink.cli import flower_superlink
     from flwr.superlink.routers.fleet import node_auth
+    from flwr.superlink.servicer.fleet import fleet_handlers
 
     node_auth.SYSTEM_TIME_TOLERANCE = float(sys.argv[1])
+    guard_fleet(fleet_handlers)
     create_app = superlink.create_app
 
     def paced(*arguments: Any, **options: Any) -> Any:

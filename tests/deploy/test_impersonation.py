@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import shutil
+import sqlite3
 import ssl
 import time
 from base64 import b64encode
@@ -30,7 +31,7 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
     RegisterNodeFleetRequest,
 )
-from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
@@ -226,7 +227,7 @@ def test_an_old_signature_of_souths_opens_nothing_later(scene: Scene) -> None:
             assert client.post(url, content=body, headers=headers).status_code == 401
 
 
-EVIL_PROJECT = """
+PROJECT = """
 [project]
 name = "evil"
 version = "0.1.0"
@@ -276,7 +277,7 @@ def test_a_run_started_on_the_servers_own_loopback_brings_no_code_to_a_site(
     """Even with the operator's machine in foreign hands: the site's installed ClientApp answers."""
     mark, out, fab = tmp_path / "mark", tmp_path / "out", tmp_path / "fab"
     fab.mkdir()
-    (fab / "pyproject.toml").write_text(EVIL_PROJECT)
+    (fab / "pyproject.toml").write_text(PROJECT)
     (fab / "evil_client.py").write_text(EVIL_CLIENT.replace("{mark}", str(mark)))
     (fab / "evil_server.py").write_text(EVIL_SERVER)
     authority = scene.consortium.directory / "srv" / "state" / "tls" / "ca.crt"
@@ -287,9 +288,83 @@ def test_a_run_started_on_the_servers_own_loopback_brings_no_code_to_a_site(
     assert not mark.exists()
 
 
+ASKING_SERVER = """
+import time
+from pathlib import Path
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import ServerApp
+app = ServerApp()
+@app.main()
+def main(grid, context):
+    while len(nodes := list(grid.get_node_ids())) < 2:
+        time.sleep(1)
+    ask = RecordDict({"fedrad": ConfigRecord({"stage": "whoami", "envelope": b""})})
+    list(grid.push_messages([Message(ask, dst_node_id=n, message_type="query.relay") for n in nodes]))
+    for _ in range(300):
+        if Path(context.run_config["out"]).exists():
+            break
+        time.sleep(1)
+"""
+REPLY_OBJECTS = """
+WITH RECURSIVE part(id) AS (
+    SELECT message_id FROM message_res WHERE src_node_id = ? AND run_id = ?
+    UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id
+)
+SELECT object_id FROM part JOIN objects ON object_id = id WHERE is_available
+"""
+
+
+def signed(number: int) -> int:
+    """As SQLite holds Flower's unsigned ids."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def test_north_cannot_fetch_what_south_has_answered(scene: Scene, tmp_path: Path) -> None:
+    """A run asks both and does not take the answers; north knows the ids of south's and asks for them."""
+    out, fab = tmp_path / "out", tmp_path / "fab"
+    fab.mkdir()
+    (fab / "pyproject.toml").write_text(PROJECT)
+    (fab / "evil_client.py").write_text("from flwr.clientapp import ClientApp\napp = ClientApp()\n")
+    (fab / "evil_server.py").write_text(ASKING_SERVER)
+    state = scene.consortium.directory / "srv" / "state"
+    database = f"file:{state / 'superlink.db'}?mode=ro"
+    nodes, north = scene.nodes, Node(node_id=scene.nodes["north"])
+    with (
+        contextlib.closing(Control(scene.superlink, state / "tls" / "ca.crt")) as control,
+        contextlib.closing(sqlite3.connect(database, uri=True)) as store,
+        scene.fleet(scene.node_key("north")) as outside,
+        scene.fleet(scene.node_key("north"), past_door=True) as inside,
+    ):
+        key = public_key_to_bytes(scene.node_key("north").public_key())
+        outside.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=300))
+        run_id = control.start_run(fab, {"out": str(out)})
+        try:
+            found: list[str] = []
+
+            def answered() -> bool:
+                asked = (signed(nodes["south"]), signed(run_id))
+                found[:] = [row[0] for row in store.execute(REPLY_OBJECTS, asked)]
+                return len(found) > 1
+
+            scene.consortium.wait(answered, "south's answer at the SuperLink")
+            for fleet in (outside, inside):
+                for object_id in found:
+                    answer = fleet.PullObject(
+                        PullObjectRequest(node=north, run_id=run_id, object_id=object_id)
+                    )
+                    assert not answer.object_found and not answer.object_content
+            own = outside.PullMessages(PullMessagesRequest(node=north))
+            for object_id in _object_ids(own.message_object_trees[0]):  # what is north's own, it gets
+                answer = outside.PullObject(PullObjectRequest(node=north, run_id=run_id, object_id=object_id))
+                assert answer.object_available and answer.object_content
+        finally:
+            out.touch()
+            scene.consortium.wait(lambda: control.run_status(run_id).finished, "the run's end")
+
+
 @dataclass
 class Caught:
-    """A study whose request to south is on its way: south's SuperNode is stopped, its message waits."""
+    """A study whose request to south is on its way: south's SuperNode is dead, its message waits."""
 
     run_id: int
     message_id: str
@@ -298,23 +373,27 @@ class Caught:
 
 @pytest.fixture(scope="module")
 def caught(scene: Scene) -> Iterator[Caught]:
-    """Let a study's `whoami` for south wait at the SuperLink, and read it there as south's node would."""
+    """Let a stage's request to south wait at the SuperLink, and read it there as south's node would.
+
+    South's programs are killed, not stopped: its node has said no goodbye, so it still counts as there, and
+    is sent what only it may read, not the `whoami` that is the same for all.
+    """
     consortium = scene.consortium
     consortium.submit("chest", ("north", "south"), rounds=2)
     consortium.start_site("north")
     for site in ("north", "south"):
         consortium.approve(site)
     consortium.wait(lambda: consortium.rounds("chest") >= 1, "one round")
-    consortium.stop("south")
+    consortium.kill("south")
     with scene.fleet(scene.node_key("south"), certificate="south") as fleet:
         node = Node(node_id=scene.nodes["south"])
         key = public_key_to_bytes(scene.node_key("south").public_key())
         answer: Any = None
         end = time.monotonic() + 240
         while not (answer and answer.messages_list) and time.monotonic() < end:
-            with contextlib.suppress(httpx.HTTPError):
+            with contextlib.suppress(httpx.HTTPError):  # once the node counts as gone
                 fleet.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=60))
-                answer = fleet.PullMessages(PullMessagesRequest(node=node))
+            answer = fleet.PullMessages(PullMessagesRequest(node=node))
             time.sleep(0.5)
         assert answer.messages_list
         proto = answer.messages_list[0]
@@ -326,10 +405,18 @@ def _object_ids(tree: Any) -> set[str]:
     return {tree.object_id, *(one for child in tree.children for one in _object_ids(child))}
 
 
-def test_north_cannot_fetch_a_message_to_south(scene: Scene, caught: Caught) -> None:
-    """Not by naming itself south, and not by asking for the message's objects as itself."""
-    with scene.fleet(scene.node_key("north")) as fleet:
+@pytest.mark.parametrize("past_door", [False, True])
+def test_north_cannot_fetch_a_message_to_south(scene: Scene, caught: Caught, past_door: bool) -> None:
+    """Not by naming itself south, and not by asking, as itself, for objects whose ids it knows."""
+    assert len(caught.object_ids) > 1
+    with scene.fleet(scene.node_key("north"), past_door=past_door) as fleet:
         for object_id in caught.object_ids:
+            answer = fleet.PullObject(
+                PullObjectRequest(
+                    node=Node(node_id=scene.nodes["north"]), run_id=caught.run_id, object_id=object_id
+                )
+            )
+            assert not answer.object_found and not answer.object_content
             with pytest.raises(httpx.HTTPStatusError) as error:
                 fleet.PullObject(
                     PullObjectRequest(
@@ -337,10 +424,35 @@ def test_north_cannot_fetch_a_message_to_south(scene: Scene, caught: Caught) -> 
                     )
                 )
             assert refused(error, 401)
+    with scene.fleet(scene.node_key("south"), certificate="south") as fleet:
+        for object_id in caught.object_ids:  # they are there, for whom they are
+            assert fleet.PullObject(
+                PullObjectRequest(
+                    node=Node(node_id=scene.nodes["south"]), run_id=caught.run_id, object_id=object_id
+                )
+            ).object_found
+
+
+def test_north_cannot_delete_a_message_to_south(scene: Scene, caught: Caught) -> None:
+    """Flower deletes what a node says it has received, whosever it is."""
+    with scene.fleet(scene.node_key("north")) as fleet:
+        fleet.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=Node(node_id=scene.nodes["north"]),
+                run_id=caught.run_id,
+                message_object_id=caught.message_id,
+            )
+        )
+    with scene.fleet(scene.node_key("south"), certificate="south") as fleet:
+        assert fleet.PullObject(
+            PullObjectRequest(
+                node=Node(node_id=scene.nodes["south"]), run_id=caught.run_id, object_id=caught.message_id
+            )
+        ).object_found
 
 
 def test_a_reply_pushed_by_north_as_south_is_not_taken(scene: Scene, caught: Caught) -> None:
-    """Even where Flower takes it: no reply counts without south's message key."""
+    """The SuperLink takes none in another's name; were one taken, it would lack south's message key."""
     TaskIdentity.run_id, TaskIdentity.node_id = caught.run_id, scene.nodes["south"]
     TaskIdentity.task_id = 1
     reply = Message(
@@ -383,8 +495,11 @@ def test_a_reply_pushed_by_north_as_south_is_not_taken(scene: Scene, caught: Cau
         with pytest.raises(httpx.HTTPStatusError) as error:
             push(fleet, "south")
         assert refused(error, 401)
-        with contextlib.suppress(httpx.HTTPStatusError):
-            push(fleet, "north")  # a node's own session, with another's name inside: Flower may take it
+    for past_door in (False, True):  # a node's own session, with another's name inside
+        with scene.fleet(scene.node_key("north"), past_door=past_door) as fleet:
+            with pytest.raises(httpx.HTTPStatusError) as error:
+                push(fleet, "north")
+            assert refused(error, 403)
     scene.consortium.start_site("south")
     scene.consortium.wait(
         lambda: scene.consortium.study_state("chest") == "finished", "the study's honest end", timeout_s=400
