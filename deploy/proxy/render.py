@@ -30,7 +30,8 @@ FLEET_CALLS = (
 )
 BODY_MB = 8  # Flower cuts objects at 5 MiB
 FLEET_PER_S, FLEET_BURST = 100, 400  # a site's calls of Flower; a 20 MB reply is a dozen
-API_PER_MINUTE, API_BURST = 60, 30  # an address's requests for renewal and studies
+API_PER_MINUTE, API_BURST = 60, 30  # a site's requests for renewal and studies
+ADDRESS_PER_MINUTE, ADDRESS_BURST = 1200, 300  # an address's: behind a load balancer that of all sites
 CLIENT_HEADER = "X-FedRad-Client"  # the door names the address that asks, whatever the client said
 _SAFE = re.compile(r"[A-Za-z0-9_./:+=|\[\] -]+")
 
@@ -53,6 +54,8 @@ class Door:
     fleet_burst: int = FLEET_BURST
     api_per_minute: int = API_PER_MINUTE
     api_burst: int = API_BURST
+    address_per_minute: int = ADDRESS_PER_MINUTE
+    address_burst: int = ADDRESS_BURST
     connections: int = 32
 
 

@@ -5,8 +5,9 @@ only with the signature of the site's registered message key and a time within a
 revoked site is refused; an answer says the server's time, so that a site can tell how far its clock is off,
 and with each study whether the site's approval is held, so that a site can send what was lost. A replayed
 request gives its replayer nothing: a certificate without its key, a public manifest, or a decision that the
-site's own, later one overrules (server/submission.py). An address, as the door names it, asks no oftener than
-nginx's own rate, whatever the door is.
+site's own, later one overrules (server/submission.py). A site asks no oftener than its own rate, which counts
+once its signature has; an address, as the door names it, no oftener than a far higher one, since behind a
+load balancer all sites may be one address.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,7 +33,13 @@ from common.enrolment import (
 )
 from common.errors import ClockSkewed, EnrolmentInvalid, FedRadError, ListenAddressInvalid, TooFrequent
 from common.pace import Pace
-from deploy.proxy.render import API_BURST, API_PER_MINUTE, CLIENT_HEADER
+from deploy.proxy.render import (
+    ADDRESS_BURST,
+    ADDRESS_PER_MINUTE,
+    API_BURST,
+    API_PER_MINUTE,
+    CLIENT_HEADER,
+)
 from server.consortium import ServerHome
 from server.enrolment import approved_site, renew
 from server.submission import offered_studies, record_approval, withdraw_approval
@@ -45,12 +53,23 @@ _TIMEOUT_S = 20.0
 Answer = dict[str, Any]
 
 
-def answer_request(home: ServerHome, authority: Authority, data: bytes, *, now: datetime) -> Answer:
-    """Check one signed request and answer it; raises the named refusal."""
+def answer_request(
+    home: ServerHome,
+    authority: Authority,
+    data: bytes,
+    *,
+    now: datetime,
+    admit: Callable[[str], None] = lambda site: None,
+) -> Answer:
+    """Check one signed request and answer it; raises the named refusal.
+
+    `admit` is called with the site's name once its signature has counted, and may refuse.
+    """
     signed = parse_site_request(data)
     asked = signed.request
     site = approved_site(home, asked.site)
     verify_site_request(signed, message_key=site.message_key)
+    admit(asked.site)
     skew_s = asked.time_s - now.timestamp()
     if abs(skew_s) > MAX_SKEW_S:
         raise ClockSkewed(
@@ -97,9 +116,21 @@ class SiteEndpoint:
     """The endpoint, serving in threads from `start` to `stop`."""
 
     def __init__(
-        self, home: ServerHome, authority: Authority, *, port: int, clock: Callable[[], datetime]
+        self,
+        home: ServerHome,
+        authority: Authority,
+        *,
+        port: int,
+        clock: Callable[[], datetime],
+        pace_clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        handler = _handler(home, authority, clock, Pace(burst=API_BURST, per_minute=API_PER_MINUTE))
+        handler = _handler(
+            home,
+            authority,
+            clock,
+            addresses=Pace(burst=ADDRESS_BURST, per_minute=ADDRESS_PER_MINUTE, clock=pace_clock),
+            sites=Pace(burst=API_BURST, per_minute=API_PER_MINUTE, clock=pace_clock),
+        )
         try:
             self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         except OSError as error:
@@ -124,7 +155,12 @@ class SiteEndpoint:
 
 
 def _handler(
-    home: ServerHome, authority: Authority, clock: Callable[[], datetime], pace: Pace
+    home: ServerHome,
+    authority: Authority,
+    clock: Callable[[], datetime],
+    *,
+    addresses: Pace,
+    sites: Pace,
 ) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = _TIMEOUT_S
@@ -144,8 +180,8 @@ def _handler(
                 data = self.rfile.read(size)
                 try:
                     if CLIENT_HEADER in self.headers:  # else nobody came through a door
-                        pace.take(self.headers[CLIENT_HEADER])
-                    value = answer_request(home, authority, data, now=clock())
+                        addresses.take(self.headers[CLIENT_HEADER])
+                    value = answer_request(home, authority, data, now=clock(), admit=sites.take)
                 except TooFrequent:
                     status, value = 429, {"error": "TooFrequent"}
                 except FedRadError as error:
