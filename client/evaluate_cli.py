@@ -50,7 +50,7 @@ def evaluate_command(
     ] = None,
     weights: Annotated[Path | None, typer.Option("--weights", help="Folder handed to --metric.")] = None,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap and swap draws.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws and the shuffled images.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Studies written at a time.")] = 32,
     examples: Annotated[
         int, typer.Option(min=0, help="Show this many reports with their drafts on the page.")

@@ -121,12 +121,17 @@ def verify(
 def access_list(home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
     """Verify the access log's chain and list its records, without what was drafted."""
     from dataclasses import asdict
+    from datetime import UTC, datetime
 
     log = _access_log(home)
     records = [asdict(record) for record in log.records()]
 
     def text() -> str:
-        lines = [f"{r['time_s']} {r['user']} {r['action'].value} model {r['model_version']}" for r in records]
+        lines = [
+            f"{datetime.fromtimestamp(r['time_s'], UTC):%Y-%m-%d %H:%M:%S} UTC  "
+            f"{r['user']} {r['action'].value} model {r['model_version']}"
+            for r in records
+        ]
         return "\n".join([*lines, f"{len(records)} records, head {log.head}"])
 
     answer({"records": records, "head": log.head}, as_json=as_json, text=text)

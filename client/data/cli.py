@@ -207,7 +207,7 @@ def drop(
 def receive(
     inbox: Annotated[Path, typer.Option("--out", help="Inbox folder; holds identified images.")],
     senders: Annotated[list[str], typer.Option("--allow", help="AE title that may send; repeat for more.")],
-    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 11112,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 11112,
     address: Annotated[str, typer.Option("--address", help="Address to listen on.")] = "127.0.0.1",
     ae_title: Annotated[str, typer.Option("--ae-title", help="Our AE title.")] = "FEDRAD",
     certificate: Annotated[Path | None, typer.Option("--tls-cert", help="Our certificate (PEM).")] = None,

@@ -35,4 +35,4 @@ def test_a_folder_that_is_not_there_is_refused_and_not_made(tmp_path: Path, comm
 def test_a_site_that_served_has_its_records(tmp_path: Path) -> None:
     AccessLog(tmp_path / "access").record(user="dr.lin", action=Action.DRAFT, model_version=3, time_s=MAY)
     result = CliRunner().invoke(app, ["access", "list", "--home", str(tmp_path)])
-    assert result.exit_code == 0 and "dr.lin draft model 3" in result.output
+    assert result.exit_code == 0 and "2026-05-05 16:53:20 UTC  dr.lin draft model 3" in result.output

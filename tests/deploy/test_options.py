@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from common.errors import ManifestInvalid
+from common.ledger.cli import app as audit_app
 from deploy.local.cli import app as local_app
 from deploy.server.cli import app as server_app
 from deploy.site.cli import app as site_app
+
+
+def parameters(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield every command and option below a command, each with its name in full."""
+    if hasattr(command, "commands"):
+        for name, inner in command.commands.items():
+            yield from parameters(inner, f"{path} {name}")
+        return
+    yield path, command
+    for one in command.params:
+        if one.param_type_name == "option":
+            yield f"{path} {one.opts[0]}", one
+
+
+@pytest.mark.parametrize("app", [site_app, server_app, local_app, audit_app])
+def test_every_command_and_option_says_what_it_is(app: typer.Typer) -> None:
+    assert [name for name, one in parameters(get_command(app), "") if not one.help] == []
 
 
 @pytest.mark.parametrize(
@@ -33,10 +55,10 @@ from deploy.site.cli import app as site_app
     ],
 )
 def test_impossible_option_is_refused_as_usage(
-    app: object, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    app: typer.Typer, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, command.split())  # type: ignore[arg-type]
+    result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 2, result.output
     assert list(tmp_path.iterdir()) == []
 
