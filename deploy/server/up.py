@@ -40,7 +40,8 @@ from deploy import tethered
 from deploy.local.certificates import LoopbackTls, write_loopback_tls
 from deploy.local.control import Control
 from deploy.local.flower import Tuning, flower_environment, flower_program, free_port
-from deploy.proxy.render import Door, KnownNode, caddy_configuration, nginx_configuration, nginx_sites
+from deploy.proxy.files import read_by, write_door
+from deploy.proxy.render import Door, KnownNode
 from deploy.server.endpoint import SiteEndpoint
 from deploy.server.runs import StudyRuns
 from deploy.supervision import RESTLESS_ENDS, Bearing, Program, Supervisor, supervisor
@@ -136,6 +137,7 @@ class _Server:
         self._online: set[int] = set()
         self._warnings: dict[str, str] = {}
         self._seen: object = None
+        self._door_read = b""
         self._reconciled = self._daily = -1e9
         self._ready = False
         self._started = time.monotonic()
@@ -155,6 +157,7 @@ class _Server:
             self._write_door()
             self._programs.start(self._superlink())
             if self._proxy is not Proxy.NONE:
+                self._door_read = read_by(self._door, caddy=self._proxy is Proxy.CADDY)
                 self._programs.start(self._door_program())
             yield
         finally:
@@ -300,20 +303,20 @@ class _Server:
         return Program("proxy", [*tether, *command], environment)
 
     def _write_door(self) -> None:
-        """Write both configurations, also where another proxy than ours reads them."""
         nodes = [KnownNode(name, site.node_key) for name, site in self._approved().items()]
         revoked = [
             int(one.serial, 16) for site in self._sites.values() for one in site.certificates if one.revoked_s
         ]
-        self._door.state.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._door.state / "sites.map", nginx_sites(nodes).encode())
-        write_atomic(self._door.state / "nginx.conf", nginx_configuration(self._door).encode())
-        caddy = caddy_configuration(self._door, nodes, revoked).encode()
-        write_atomic(self._door.state / "Caddyfile", caddy)
+        write_door(self._door, nodes, revoked)
 
     def _reload_door(self) -> None:
-        if "proxy" not in self._programs.state() or self._programs.pid("proxy") is None:
+        """Have the proxy read its files again where they changed; a site's renewal changes none."""
+        before, self._door_read = self._door_read, read_by(self._door, caddy=self._proxy is Proxy.CADDY)
+        if self._door_read == before or "proxy" not in self._programs.state():
             return
+        if self._programs.pid("proxy") is None:
+            return  # it reads them when it starts
+        log.info("the proxy reads its files again")
         if self._proxy is Proxy.NGINX:
             self._programs.signal("proxy", signal.SIGHUP)
         else:

@@ -25,14 +25,8 @@ from common.enrolment import (
 from common.ledger.entries import RevocationReason
 from deploy.local.certificates import write_loopback_tls
 from deploy.local.flower import free_port
-from deploy.proxy.render import (
-    CLIENT_HEADER,
-    Door,
-    KnownNode,
-    caddy_configuration,
-    nginx_configuration,
-    nginx_sites,
-)
+from deploy.proxy.files import write_door
+from deploy.proxy.render import CLIENT_HEADER, Door, KnownNode
 from deploy.server.up import Proxy, find_proxy
 from server.consortium import ServerHome, create_server_home
 from server.enrolment import SiteState, approve, read_sites, renew, revoke
@@ -113,11 +107,8 @@ class Lab:
         sites = read_sites(self.home)
         nodes = [KnownNode(n, s.node_key) for n, s in sites.items() if s.state is SiteState.APPROVED]
         revoked = [int(c.serial, 16) for s in sites.values() for c in s.certificates if c.revoked_s]
-        for folder in (self.door.state, self.door.logs):
-            folder.mkdir(parents=True, exist_ok=True)
-        (self.door.state / "sites.map").write_text(nginx_sites(nodes))
-        (self.door.state / "nginx.conf").write_text(nginx_configuration(self.door))
-        (self.door.state / "Caddyfile").write_text(caddy_configuration(self.door, nodes, revoked))
+        self.door.logs.mkdir(parents=True, exist_ok=True)
+        write_door(self.door, nodes, revoked)
 
     def restart(self) -> None:
         """Start the proxy with what the registry holds now, and wait until it listens."""
