@@ -25,6 +25,7 @@ from common.model.tiny import tiny_base_directory
 from deploy.local.flower import free_port
 from deploy.local.guardian import marked_processes
 from deploy.local.synthetic import write_synthetic_sites
+from deploy.server.app import NODES_NAME, read_nodes
 from server.consortium import ServerHome, create_server_home, open_server_home
 from server.enrolment import approve, revoke
 from server.studies import study_template
@@ -40,10 +41,15 @@ class RealConsortium:
     directory: Path
     port: int
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    server_name: str = "srv"  # another one after a restore
+
+    @property
+    def server_directory(self) -> Path:
+        return self.directory / self.server_name
 
     @property
     def server(self) -> ServerHome:
-        return open_server_home(self.directory / "srv")
+        return open_server_home(self.server_directory)
 
     def home(self, site: str) -> SiteHome:
         return open_home(self.directory / site)
@@ -85,7 +91,7 @@ class RealConsortium:
 
     def start_server(self, *arguments: str, **more: str) -> None:
         self._start(
-            "srv", "deploy.server.cli", "up", "--home", str(self.directory / "srv"),
+            "srv", "deploy.server.cli", "up", "--home", str(self.server_directory),
             *("--superlink-port", "0", "--api-port", "0", "--listen", f"127.0.0.1:{self.port}"), *arguments,
             **more,
         )  # fmt: skip
@@ -122,7 +128,7 @@ class RealConsortium:
 
     def status(self) -> dict[str, Any]:
         try:
-            value: dict[str, Any] = json.loads((self.directory / "srv" / "status.json").read_text())
+            value: dict[str, Any] = json.loads((self.server_directory / "status.json").read_text())
         except FileNotFoundError:
             return {"sites": {}, "studies": {}, "programs": {}, "ready": False}
         return value
@@ -134,8 +140,12 @@ class RealConsortium:
     def study_state(self, name: str) -> str:
         return str(self.status()["studies"].get(name, {}).get("state", ""))
 
+    def study_nodes(self, name: str) -> dict[str, int]:
+        """Return the nodes that a study may speak to now."""
+        return read_nodes(self.server_directory / "studies" / name / NODES_NAME)
+
     def events(self, study: str) -> list[dict[str, Any]]:
-        path = self.directory / "srv" / "studies" / study / "log.jsonl"
+        path = self.server_directory / "studies" / study / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -158,6 +168,15 @@ class RealConsortium:
                 pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
                 command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
                 found[command] = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        return found
+
+    def pids(self, program: str) -> list[int]:
+        """Return the processes of this consortium whose command line names a program."""
+        found = []
+        for pid in self.left_over():
+            with contextlib.suppress(OSError):
+                if program in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.append(pid)
         return found
 
     def left_over(self) -> list[int]:
