@@ -1,14 +1,18 @@
-"""A site behind a proxy that cuts, after a reboot, with a wrong clock: real processes, real nginx."""
+"""A site behind a proxy that cuts, after a reboot, asleep, with a wrong clock: real processes, real nginx."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from client.metrics import SiteCollector
 from deploy.local.guardian import marked_processes
 from deploy.site.status import read_status, words
 from tests.deploy.lab import RealConsortium, running
@@ -28,6 +32,7 @@ if "client.cli" in sys.orig_argv:
     import client.agent  # its clock is bound here
     time.time = _time
 """
+ASLEEP_S = 100
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx"),
@@ -85,6 +90,58 @@ def test_a_site_that_was_switched_off_comes_back(consortium: RealConsortium) -> 
     consortium.wait(lambda: consortium.study_state("chest") == "finished", "the end", timeout_s=900)
     assert len(cohorts(consortium)) == 20
     assert cohorts(consortium)[-1] == ["north", "south"]
+
+
+def test_a_site_that_sleeps_is_missed_alone_and_back_in_a_later_round(tmp_path: Path) -> None:
+    """All of south's processes stand still for 100 s, as when its machine sleeps, and go on."""
+    sites = ("north", "south", "west")
+    with running(tmp_path, enrolled=sites) as consortium:
+        consortium.start_server()
+        for site in sites:
+            consortium.start_site(site)
+        consortium.submit("chest", sites, rounds=60)
+        for site in sites:
+            consortium.approve(site)
+        consortium.wait(lambda: len(cohorts(consortium)) >= 2, "two rounds", timeout_s=400)
+        assert cohorts(consortium)[0] == list(sites)
+        with asleep(consortium, "south"):
+            at = len(cohorts(consortium))
+            time.sleep(ASLEEP_S)
+            meanwhile = cohorts(consortium)[at:]
+            status = read_status(consortium.home("south"), now=time.time())
+            assert "not running" in words(status, now=time.time()) and not status["agent"]
+        at = len(cohorts(consortium))
+        assert ["north", "west"] in meanwhile and {"north", "west"} <= set(meanwhile[-1])
+        consortium.wait(lambda: list(sites) in cohorts(consortium)[at:], "south in a round", timeout_s=300)
+        consortium.wait(
+            lambda: words(read_status(consortium.home("south"), now=time.time()), now=time.time()).startswith(
+                f"Site south is connected to localhost:{consortium.port}."
+            ),
+            "south to say that it is well",
+        )
+        assert carried(consortium, "south") > 0
+
+
+@contextlib.contextmanager
+def asleep(consortium: RealConsortium, site: str) -> Iterator[None]:
+    """Hold every process of a site still."""
+    token = (consortium.directory / site / "run" / "supervisor.token").read_text()
+    held = [consortium.processes[site].pid, *marked_processes(token)]
+    for pid in held:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in held:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def carried(consortium: RealConsortium, site: str) -> float:
+    """Return the least of the site's own figures of bytes and seconds."""
+    families = {family.name: family for family in SiteCollector(consortium.directory / site).collect()}
+    wanted = ("fedrad_site_bytes", "fedrad_site_stage_seconds", "fedrad_site_stage_answers")
+    return min(sum(sample.value for sample in families[name].samples) for name in wanted)
 
 
 def test_clocks_four_minutes_off_serve_and_say_so(consortium: RealConsortium) -> None:
