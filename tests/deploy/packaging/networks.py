@@ -26,7 +26,9 @@ except OSError as error:
 
 def may_make_networks() -> bool:
     """Whether this process may make a network namespace and cables, and has the tools."""
-    return TOOLS and os.geteuid() == 0 and _works("ip link set lo up && ip link add fr0 type veth peer name fr1")
+    return (
+        TOOLS and os.geteuid() == 0 and _works("ip link set lo up; ip link add fr0 type veth peer name fr1")
+    )
 
 
 def may_filter() -> bool:
