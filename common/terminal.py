@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 refused or failed with one clear line, 2 usage, 130 interr
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -25,8 +26,12 @@ _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__n
 def run_program(app: typer.Typer) -> None:
     """Run a typer app; a FedRadError, or a file that the machine refuses, becomes one line and exit code 1.
 
-    Ctrl-C becomes a line and 130.
+    Ctrl-C becomes a line and 130. A defect shows where it was but no values: they may be a patient's, a key;
+    characters that the terminal does not know are written as JSON does, \\u03b5.
     """
+    app.pretty_exceptions_enable = False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
     except FedRadError as error:

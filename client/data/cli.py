@@ -15,7 +15,7 @@ import typer
 
 from client.data.console import Json, progress_bars
 from client.data.instruct_cli import convert, instruct
-from common.errors import FedRadError
+from common.terminal import run_program
 
 if TYPE_CHECKING:
     from client.data.importing import Reader
@@ -254,12 +254,8 @@ def withdrawn_list(key: Path) -> Path:
 
 
 def main() -> None:
-    """Run the commands on their own; a named error is one line on stderr and exit code 1."""
-    try:
-        app()
-    except FedRadError as error:
-        print(f"fedrad-site data: {error.code}: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Run the commands on their own."""
+    run_program(app)
 
 
 def _reader(name: str, source: Path) -> tuple[str, Reader]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +55,38 @@ def test_an_error_of_ours_is_not_hidden_in_a_line() -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="no file"):
         patch.setattr("sys.argv", ["program"])
         run_program(app)
+
+
+_PROGRAM = """
+import typer
+from common.terminal import answer, run_program
+app = typer.Typer()
+@app.command()
+def defect() -> None:
+    report = "-".join(["Mustermann", "Erika"])
+    raise ValueError("a defect")
+@app.command()
+def epsilon() -> None:
+    answer({"ε": "≤ 8"}, as_json=True, text=str)
+run_program(app)
+"""
+
+
+def run(command: str, *, encoding: str = "utf-8") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-c", _PROGRAM, command], capture_output=True, cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "300"},
+    )  # fmt: skip
+
+
+def test_a_defect_shows_its_place_and_no_values() -> None:
+    """What a program had in hand when it failed may be a report, a passphrase or a token."""
+    ended = run("defect")
+    assert ended.returncode == 1 and b"ValueError: a defect" in ended.stderr and b"defect" in ended.stderr
+    assert b"Mustermann-Erika" not in ended.stderr
+
+
+def test_a_terminal_without_greek_gets_json_all_the_same() -> None:
+    ended = run("epsilon", encoding="ascii")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == {"ε": "≤ 8"}
