@@ -1,8 +1,10 @@
 """The site's containers as confined processes: the compose file's own commands, users, groups and mounts.
 
 Each runs under its user and groups with no capability and no-new-privileges, on a root that is read-only
-but for its volumes and /tmp, the agent without any network, against a real server with nginx. What a
-container engine adds beyond that (images, seccomp, cgroups, name resolution) is not in it.
+but for its volumes and /tmp, against a real server with nginx; the agent without any network, gate and relay
+in one of their own whose only cable leads to the machine on which the link listens. What a container engine
+adds beyond that (images, seccomp, cgroups, name resolution; a link of which only one port can be reached) is
+not in it.
 """
 
 from __future__ import annotations
@@ -23,26 +25,27 @@ from client.home import list_studies, open_home
 from deploy.local.flower import free_port
 from tests.deploy.lab import RealConsortium, running
 from tests.deploy.packaging.commands import ROOT, composed
+from tests.deploy.packaging.networks import attempt, greeter, inside, join, may_make_networks, network
 
 SITE, SITE_USER, RELAY_USER = "north", 10001, 10002
 PYTHON = "/usr/bin/python3"
-TOOLS = all(map(shutil.which, ("unshare", "setpriv", "nginx", PYTHON)))
+TOOLS = may_make_networks() and all(map(shutil.which, ("nginx", PYTHON)))
+LINK_END, RELAY_END, ELSEWHERE = "198.18.5.1", "198.18.5.2", "198.18.6.1"
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1500),
     pytest.mark.skipif(ROOT.is_relative_to("/tmp"), reason="the services see a /tmp of their own"),
-    pytest.mark.skipif(
-        os.geteuid() != 0 or not TOOLS, reason="needs root, util-linux, nginx, Debian's Python"
-    ),
+    pytest.mark.skipif(not TOOLS, reason="needs root, util-linux, iproute2, nginx, Debian's Python"),
 ]
 
 
 class Confined:
     """The services of a compose file as processes of this machine."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, *, way: int) -> None:
+        """way: a process in the network that gate and relay share."""
+        self.directory, self.way = directory, way
         self.services: dict[str, Any] = composed("site")["services"]
         self.ports = {"link": free_port(), "gate": free_port(), "runtime": free_port()}
         self.folders = {
@@ -62,10 +65,10 @@ class Confined:
             return [PYTHON, "-m", "deploy.site.cli"]
         if word == "python":
             return [PYTHON]
-        for path, inside in sorted(self.folders.values(), key=lambda pair: -len(pair[1])):
-            word = word.replace(inside, str(path)) if str(self.directory) not in word else word
+        for path, there in sorted(self.folders.values(), key=lambda pair: -len(pair[1])):
+            word = word.replace(there, str(path)) if str(self.directory) not in word else word
         near = self.ports["gate"] if name in ("gate", "relay") else self.ports["link"]
-        word = word.replace("link:9410", f"127.0.0.1:{self.ports['link']}").replace("9410", str(near))
+        word = word.replace("link:9410", f"{LINK_END}:{self.ports['link']}").replace("9410", str(near))
         return [word.replace("9411", str(self.ports["runtime"]))]
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
@@ -75,8 +78,17 @@ class Confined:
         writable = [str(self.folders[v[0]][0]) for v in volumes if v[0] in self.folders and v[2:] != ["ro"]]
         return self.run(
             self.command(name), user=int(service["user"].split(":")[0]), writable=writable,
-            groups=service.get("group_add", []), network=service.get("network_mode") != "none", log=name,
+            groups=service.get("group_add", []), network=self._network(service), log=name,
         )  # fmt: skip
+
+    def _network(self, service: dict[str, Any]) -> str:
+        """`none`, `way` for the one that leads to the link only, or `host`."""
+        mode = service.get("network_mode", "")
+        if mode.startswith("service:"):
+            return self._network(self.services[mode.removeprefix("service:")])
+        if mode == "none":
+            return mode
+        return "way" if service["networks"] == ["way"] else "host"
 
     def run(
         self,
@@ -85,7 +97,7 @@ class Confined:
         user: int,
         writable: list[str],
         groups: list[str],
-        network: bool,
+        network: str,
         log: str,
     ) -> subprocess.Popen[bytes]:
         mounts = "".join(f"mount --bind {path} {path} && " for path in writable)
@@ -96,10 +108,11 @@ class Confined:
         who += ["--groups", ",".join(groups)] if groups else ["--clear-groups"]
         limits = ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
         script += 'exec setpriv "$@"'
-        names = ["--mount"] if network else ["--mount", "--net"]
+        names = ["--mount", "--net"] if network == "none" else ["--mount"]
+        enter = inside(self.way if network == "way" else None)
         with (self.directory / f"{log}.log").open("ab") as output:
             return subprocess.Popen(
-                ["unshare", *names, "sh", "-c", script, "sh", *who, *limits, "--", *command],
+                [*enter, "unshare", *names, "sh", "-c", script, "sh", *who, *limits, "--", *command],
                 cwd="/", stdout=output, stderr=output, env=environment(),
             )  # fmt: skip
 
@@ -136,7 +149,7 @@ def as_site(confined: Confined, *arguments: str) -> tuple[int, str]:
     home = str(confined.folders["home"][0])
     process = confined.run(
         [PYTHON, "-m", "deploy.site.cli", *arguments, "--home", home], user=SITE_USER, writable=[home],
-        groups=[], network=True, log="command",
+        groups=[], network="host", log="command",
     )  # fmt: skip
     code = process.wait(timeout=180)
     text = (confined.directory / "command.log").read_text()
@@ -145,8 +158,10 @@ def as_site(confined: Confined, *arguments: str) -> tuple[int, str]:
 
 
 def test_the_compose_files_services_carry_a_study_confined_as_they_are_there(directory: Path) -> None:
-    with running(directory, enrolled=(SITE,), patients=12) as consortium:
-        confined = Confined(directory)
+    with network() as way, running(directory, enrolled=(SITE,), patients=12) as consortium:
+        join(None, way, addresses=(LINK_END, RELAY_END))
+        confined = Confined(directory, way=way)
+        assert composed("site")["networks"]["way"] == {"internal": True}
         for name, mode in (("relay", 0o2770), ("run", 0o750)):
             (directory / name).mkdir()
             own(directory / name, SITE_USER, RELAY_USER, mode)
@@ -174,10 +189,18 @@ def test_the_compose_files_services_carry_a_study_confined_as_they_are_there(dir
         home = directory / SITE
         relay_sees = confined.run(
             ["/bin/sh", "-c", f"cat {home}/site.json || ls {home} || ls {home}/keys"],
-            user=RELAY_USER, writable=[], groups=[], network=True, log="intruder",
+            user=RELAY_USER, writable=[], groups=[], network="way", log="intruder",
         )  # fmt: skip
         assert relay_sees.wait(timeout=30) != 0
         assert (directory / "intruder.log").read_text().count("ermission denied") == 3
+
+        # where it cannot go, as that user in that network
+        with network() as outside:
+            join(None, outside, addresses=("198.18.6.2", ELSEWHERE))
+            with greeter(outside, ELSEWHERE) as port:
+                assert attempt(None, ELSEWHERE, port) == "hello"
+                assert attempt(way, ELSEWHERE, port, user=RELAY_USER) == "ENETUNREACH"
+        assert attempt(way, "127.0.0.1", consortium.port, user=RELAY_USER) == "ECONNREFUSED"
 
         # a gateway with another authority (ten years later, or its files lost): the relay follows by itself
         link = consortium.processes.pop("box-link")
