@@ -135,6 +135,7 @@ class _Server:
         self._sites: dict[str, RegisteredSite] = {}
         self._nodes: dict[str, int] = {}
         self._online: set[int] = set()
+        self._studies: Mapping[str, object] = {}
         self._warnings: dict[str, str] = {}
         self._seen: object = None
         self._door_read = b""
@@ -163,6 +164,8 @@ class _Server:
         finally:
             self._endpoint.stop()
             self._control.close()
+            with contextlib.suppress(OSError):
+                self._write_end()
 
     def tick(self) -> None:
         """Keep programs up, the registry in force, and studies moving; a busy SuperLink is asked again."""
@@ -184,7 +187,8 @@ class _Server:
                 self._warnings["superlink"] = f"no answer from the SuperLink: {type(error).__name__}"
         except FedRadError as error:
             self._warnings["studies"] = f"{error.code}: {error}"
-        self._write_status(studies)
+        self._studies = studies
+        self._write_status()
 
     # --- the registry in force ----------------------------------------------------------------------------
 
@@ -324,12 +328,13 @@ class _Server:
 
     # --- status -------------------------------------------------------------------------------------------
 
-    def _write_status(self, studies: Mapping[str, object]) -> None:
+    def _write_status(self, *, running: bool = True) -> None:
         value = {
+            "running": running,
             "consortium": self._home.consortium,
             "address": self._home.address,
             "ready": self._ready,
-            "programs": self._programs.state(),
+            "programs": self._programs.state() if running else {},
             "sites": {
                 name: {
                     "state": site.state.value,
@@ -338,7 +343,7 @@ class _Server:
                 }
                 for name, site in self._sites.items()
             },
-            "studies": studies,
+            "studies": self._studies,
             "broken_studies": broken_studies(self._home) if self._ready else {},
             "warnings": dict(sorted({**self._warnings, **self._restless()}.items())),
         }
@@ -346,6 +351,12 @@ class _Server:
         if data != self._written:
             write_atomic(self._home.directory / "status.json", data)
             self._written = data
+
+    def _write_end(self) -> None:
+        """Say that nothing runs any more; after a kill the file stays as it was, and only the lock tells."""
+        self._ready = False
+        self._online.clear()
+        self._write_status(running=False)
 
     def _restless(self) -> dict[str, str]:
         """Name the programs that do not stay up."""

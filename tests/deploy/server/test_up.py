@@ -80,9 +80,13 @@ def test_a_study_runs_when_all_approve_and_reaches_only_its_sites(consortium: Re
     assert "Receiving" not in quiet and "SuperNode ID" in quiet
     told = words(read_status(consortium.home("north"), now=time.time()), now=time.time())
     assert "connected to localhost" in told and "3 of 3 rounds are done" in told
+    assert consortium.status()["running"] and consortium.status()["ready"]
     for name in list(consortium.processes):
         consortium.stop(name)
     assert not consortium.left_over()
+    ended = consortium.status()
+    assert (ended["running"], ended["ready"], ended["programs"]) == (False, False, {})
+    assert consortium.study_state("chest") == "finished" and not consortium.online("north")
     gone = words(read_status(consortium.home("north"), now=time.time()), now=time.time())
     assert "not running" in gone
 
