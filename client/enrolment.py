@@ -49,7 +49,7 @@ from common.enrolment import (
 )
 from common.errors import CertificateInvalid, EnrolmentInvalid, KeyFileInvalid, SiteNotEnrolled
 from common.files import sync_directory, write_atomic
-from common.identity import SigningKey, fingerprint, load_or_create_key, verify_private
+from common.identity import SigningKey, fingerprint, load_key, load_or_create_key, verify_private
 from common.ledger.entries import Enrolment
 
 REQUEST_NAME = "enrolment-request.json"
@@ -225,19 +225,39 @@ def read_enrolled(home: SiteHome) -> Enrolled:
 
 
 def site_request(
-    home: SiteHome, ask: Ask, *, argument: str = "", now: datetime, nonce: str
+    home: SiteHome,
+    ask: Ask,
+    *,
+    argument: str = "",
+    now: datetime,
+    nonce: str,
+    key: SigningKey | None = None,
 ) -> SignedSiteRequest:
-    """Sign one question to the server; `nonce` is 32 hex digits."""
+    """Sign one question to the server, with `key` or the message key; `nonce` is 32 hex digits."""
     request = SiteRequest(
         site=home.site, ask=ask, argument=argument, time_s=int(now.timestamp()), nonce=nonce
     )
-    return sign_site_request(request, home.message_key())
+    return sign_site_request(request, key or home.message_key())
 
 
 def renewal_request(home: SiteHome, *, now: datetime, nonce: str) -> SignedSiteRequest:
     """Ask for the next certificate of the present TLS key."""
     csr = make_csr(home.site, load_ec_key(tls_key_path(home)))
     return site_request(home, Ask.RENEW, argument=csr, now=now, nonce=nonce)
+
+
+def rotation_answer_request(home: SiteHome, *, now: datetime, nonce: str) -> SignedSiteRequest | None:
+    """Ask, with the keys that wait in `next/`, for their certificate; None where none wait.
+
+    The server refuses it until the operator has taken the new keys for the old.
+    """
+    coming = home.directory / "next"
+    if not (coming / "tls.key").is_file():
+        return None
+    changed = (coming / "message.key").is_file()
+    key = load_key(coming / "message.key") if changed else home.message_key()
+    csr = make_csr(home.site, load_ec_key(coming / "tls.key"))
+    return site_request(home, Ask.RENEW, argument=csr, now=now, nonce=nonce, key=key)
 
 
 def load_ec_key(path: Path) -> ec.EllipticCurvePrivateKey:

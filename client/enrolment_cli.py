@@ -204,7 +204,10 @@ def rotate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make new TLS and node keys and the request to use them; the old ones end with the operator's answer."""
+    """Make new TLS and node keys and the request to use them; the old ones end with the operator's answer.
+
+    A running `fedrad-site up` fetches the answer by itself; else install it (`enrol --bundle`).
+    """
     from client.enrolment import REQUEST_NAME, request_rotation, utc_now
 
     opened = open_with_credentials(home)

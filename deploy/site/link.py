@@ -34,6 +34,7 @@ from client.enrolment import (
     install_bundle,
     read_enrolled,
     renewal_request,
+    rotation_answer_request,
     site_request,
     tls_key_path,
     utc_now,
@@ -124,6 +125,7 @@ class SiteLink:
         """Renew where it is time, then exchange studies and approvals; a failure is tried again."""
         try:
             self._told = self._decisions()
+            self._take_up_rotation()
             enrolled = read_enrolled(self._home)
             if self._clock() >= enrolled.renew_after:
                 self._renew(enrolled)
@@ -146,6 +148,19 @@ class SiteLink:
         renewed = install_bundle(self._home, parse_bundle(str(value.get("bundle", "")).encode()))
         log.info("the certificate was renewed")
         self._status["certificate_until"] = renewed.not_after.isoformat()
+
+    def _take_up_rotation(self) -> None:
+        """Fetch the operator's answer to a rotation and take up the new keys; until then nothing changes."""
+        nonce = secrets.token_hex(16)
+        request = rotation_answer_request(self._home, now=self._clock(), nonce=nonce)
+        if request is None:
+            return
+        try:
+            value = self._send(request, with_certificate=False)
+        except ServerRefused:
+            return  # the operator has not answered yet
+        install_bundle(self._home, parse_bundle(str(value.get("bundle", "")).encode()))
+        log.info("the new keys are taken up")
 
     def _exchange_studies(self) -> None:
         """Take in what is offered, and send the decisions that the server does not hold as they are here.
