@@ -5,7 +5,8 @@ may be ahead by the consortium's tolerance: `python -m deploy.server.superlink S
 A call of the Fleet API counts for the node key that it names, which the door has compared with the site's
 certificate, and gets 429 beyond the rate that nginx also keeps: Debian's Caddy keeps none. One that names two
 keys gets 400: door, rate and Flower need not read the same one of them. What a node may fetch, confirm and
-push is the business of `own_messages`.
+push is the business of `own_messages`. SQLite gets 8 MB of cache for each connection in place of 64, and maps
+no file: with a connection for each thread, most of the SuperLink's memory was that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from common.pace import Pace
 from deploy.proxy.render import FLEET_BURST, FLEET_PER_S
 from deploy.server.own_messages import guard_fleet
 
+SQLITE_MEMORY = {"cache_size": "-8000", "mmap_size": "0"}  # kibibytes where negative; bytes
 _FLEET = "/v1/fleet/"
 _NODE_KEY = b"flwr-public-key"
 
@@ -48,14 +50,21 @@ async def _refuse(send: Any, status: int, *more: tuple[bytes, bytes]) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
+def spare_memory(pragmas: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Return Flower's settings of SQLite with ours in place of those for its memory."""
+    return tuple((name, SQLITE_MEMORY.get(name, value)) for name, value in pragmas)
+
+
 def main() -> None:
-    """Set tolerance, rate and whose messages are whose, and become `flower-superlink`."""
+    """Set tolerance, memory, rate and whose messages are whose, and become `flower-superlink`."""
+    from flwr.supercore import sql_mixin
     from flwr.superlink import main as superlink
     from flwr.superlink.cli import flower_superlink
     from flwr.superlink.routers.fleet import node_auth
     from flwr.superlink.servicer.fleet import fleet_handlers
 
     node_auth.SYSTEM_TIME_TOLERANCE = float(sys.argv[1])
+    sql_mixin.SQLITE_PRAGMAS = spare_memory(sql_mixin.SQLITE_PRAGMAS)
     guard_fleet(fleet_handlers)
     create_app = superlink.create_app
 

@@ -1,4 +1,4 @@
-"""The rate that the SuperLink keeps for each site, behind a door that keeps none."""
+"""What the SuperLink is given here: a rate for each site behind a door that keeps none, and little memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.supercore import sql_mixin
+from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 
 from client.enrolment import authority_path, certificate_path, tls_key_path
 from common.pace import Pace
 from deploy.proxy.render import FLEET_BURST, KnownNode
-from deploy.server.superlink import FleetPace
+from deploy.server.superlink import SQLITE_MEMORY, FleetPace, spare_memory
 from server.enrolment import read_sites
 from tests.deploy.lab import RealConsortium, running
 
@@ -53,6 +55,23 @@ def test_a_call_that_names_two_keys_is_refused_and_charged_to_neither() -> None:
     assert [ask(paced, PULL, b"north", b"south") for _ in range(3)] == [400] * 3
     assert ask(paced, PULL, b"north", b"north") == 400
     assert [ask(paced, PULL, node) for node in (b"north", b"south")] == [200, 200]
+
+
+def test_the_superlinks_database_keeps_little_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Flower sets is there to be replaced, and all else stays as Flower sets it."""
+    flowers = dict(sql_mixin.SQLITE_PRAGMAS)
+    assert set(SQLITE_MEMORY) < set(flowers)
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", spare_memory(sql_mixin.SQLITE_PRAGMAS))
+    assert dict(sql_mixin.SQLITE_PRAGMAS) == flowers | SQLITE_MEMORY
+    store = SqlObjectStore(str(tmp_path / "superlink.db"))
+    store.initialize()
+    for name, value in SQLITE_MEMORY.items():
+        assert store.query(f"PRAGMA {name}") == [{name: int(value)}]
+    assert store.query("PRAGMA journal_mode") == [{"journal_mode": "wal"}]
+    assert store._engine is not None
+    store._engine.dispose()
 
 
 @pytest.mark.slow
