@@ -8,7 +8,7 @@ import json
 import os
 import sys
 
-NAMES = ("dp_step", "noise", "secagg", "rounds", "ledger", "import", "generate")
+NAMES = ("dp_step", "noise", "secagg", "rounds", "server_memory", "ledger", "import", "generate")
 
 
 def main() -> int:
