@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -86,6 +86,12 @@ class Run:
     culprits: dict[str, str] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     release: Speaks = field(default_factory=running_release)
+    expected: Callable[[], Collection[str]] | None = None
+
+    def awaited(self, among: Iterable[str]) -> int:
+        """Count the sites to wait for: those that can come at all, and never fewer than a round needs."""
+        expected = self.study.site_ids if self.expected is None else self.expected()
+        return max(self.study.cohort.min_sites, len(set(among) & set(expected)))
 
     @property
     def study(self) -> Study:
@@ -103,12 +109,15 @@ def run_study(
     clock: Clock = time.time,
     judge: Judge | None = None,
     release: Speaks | None = None,
+    expected: Callable[[], Collection[str]] | None = None,
 ) -> StudyState:
     """Run a signed study's remaining rounds; raises RoundFailed when the manifest says to end.
 
+    expected: names the sites that can come at all, where some have left the study for good.
     A study that has ended is witnessed once more: what was logged since (a release) gets its cosignatures.
     """
-    with _opened(grid, directory, clock, judge, release or running_release()) as run:
+    with _opened(grid, directory, clock, judge, release or running_release()) as opened:
+        run = replace(opened, expected=expected)
         verify_plan(run.study)
         if run.study.federated_evaluation is not None:
             evaluation_plan_of(run.study).verify_accounting()
@@ -147,7 +156,7 @@ def _run_round(run: Run, state: StudyState) -> StudyState:
     elif run.log.has_attempt(round, pending.attempt):
         pending = _new_attempt(run, round=round, attempt=pending.attempt + 1)
     else:
-        run.cohort.present(wait_s=study.cohort.deadline_s, at_least=len(pending.cohort))
+        run.cohort.present(wait_s=study.cohort.deadline_s, at_least=run.awaited(pending.cohort))
     while True:
         started = run.clock()
         attempt = Attempt(run.opened, run.key, run.cohort, state, pending, run.log, run.clock)
@@ -300,7 +309,7 @@ def _new_attempt(run: Run, *, round: int, attempt: int) -> Pending:
 def _meet(run: Run) -> None:
     """Wait for the sites, let each load what it needs, and learn how far each one's history goes."""
     study = run.study
-    present = run.cohort.present(wait_s=study.cohort.deadline_s, at_least=len(study.cohort.site))
+    present = run.cohort.present(wait_s=study.cohort.deadline_s, at_least=run.awaited(study.site_ids))
     until_unix_s = run.clock() + study.cohort.deadline_s
     missing = _greet(run, present, until_unix_s=until_unix_s, grace_s=study.cohort.grace)
     if len(run.histories) < study.cohort.min_sites:
@@ -405,7 +414,7 @@ def _finish(run: Run, state: StudyState) -> None:
 def _show_the_end(run: Run, state: StudyState, shown: set[str]) -> None:
     """Show the last records to each site that has not seen them, and let it cosign; waits up to a minute."""
     sites = run.study.site_ids
-    present = run.cohort.present(wait_s=min(60.0, run.study.cohort.deadline_s), at_least=len(sites))
+    present = run.cohort.present(wait_s=min(60.0, run.study.cohort.deadline_s), at_least=run.awaited(sites))
     unknown = [site for site in present if site not in run.histories]
     _greet(run, unknown, train=False, until_unix_s=run.patience())
 

@@ -218,6 +218,7 @@ class Consortium:
     takes_s: dict[tuple[str, str], float] = field(default_factory=dict)
     release: Speaks | None = None
     releases: dict[str, Speaks] = field(default_factory=dict)
+    expected: Callable[[], tuple[str, ...]] | None = None
     _agents: dict[str, SiteAgent] = field(default_factory=dict)
 
     @property
@@ -256,7 +257,10 @@ class Consortium:
         """Run the server's remaining rounds, as a new server process would."""
         grid: Any = SimulatedGrid(self)
         with server_identity():
-            return run_study(grid, self.server, clock=self.clock, judge=self.judge, release=self.release)
+            return run_study(
+                grid, self.server, clock=self.clock, judge=self.judge, release=self.release,
+                expected=self.expected,
+            )  # fmt: skip
 
     def close(self) -> None:
         for site in list(self._agents):

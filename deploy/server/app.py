@@ -36,7 +36,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run the study in run_config `study-dir` to its end, or to a named failure."""
     directory = Path(str(context.run_config["study-dir"]))
     try:
-        run_study(StudyGrid(grid, directory / NODES_NAME), directory)
+        nodes = directory / NODES_NAME
+        run_study(StudyGrid(grid, nodes), directory, expected=lambda: read_nodes(nodes))
     except FedRadError as error:
         _write_outcome(directory, "failed", f"{error.code}: {error}")
         raise

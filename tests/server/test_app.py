@@ -359,6 +359,18 @@ def test_a_site_that_comes_after_the_start_is_greeted_and_contributes(make: Make
     assert "beta" in contributors[-1]
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_nobody_waits_for_a_site_that_has_left_the_study_for_good(make: Make, left: bool) -> None:
+    world = make(mode="consortium", rounds=1)
+    world.away.add("beta")
+    world.wait_s = 50.0
+    world.expected = (lambda: ("alpha", "gamma", "delta")) if left else None
+    start = world.clock()
+    world.run()
+    assert read_records(world.server)[0].record.contributors == ("alpha", "delta", "gamma")
+    assert (world.clock() - start < 600) is left  # else the deadline is waited out
+
+
 def test_a_site_away_for_a_round_joins_the_next(make: Make) -> None:
     world = make(mode="plain", rounds=3)
 
