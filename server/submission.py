@@ -173,8 +173,8 @@ def withdraw_approval(home: ServerHome, name: str, site: str, *, decided_s: int)
     if site not in study.site_ids:
         raise ManifestInvalid(f"study {study.study.id}: expected one of its sites, got {site!r}")
     decided_s = max(decided_s, _withdrawn_s(directory, site) or 0)
+    write_atomic(_time_path(directory, site), str(decided_s).encode())  # first: killed here, it is sent again
     _approval_path(directory, site).unlink(missing_ok=True)
-    write_atomic(_time_path(directory, site), str(decided_s).encode())
     return Submitted(directory, study, missing_approvals(home, directory, study))
 
 
