@@ -27,6 +27,7 @@ from flwr.common.serde import message_to_proto
 from flwr.proto.control_pb2 import ListNodesRequest, StartRunRequest
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
+    DeactivateNodeRequest,
     PullMessagesRequest,
     PushMessagesRequest,
     RegisterNodeFleetRequest,
@@ -336,7 +337,7 @@ def test_north_cannot_fetch_what_south_has_answered(scene: Scene, tmp_path: Path
         scene.fleet(scene.node_key("north"), past_door=True) as inside,
     ):
         key = public_key_to_bytes(scene.node_key("north").public_key())
-        outside.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=300))
+        outside.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=60))
         run_id = control.start_run(fab, {"out": str(out)})
         try:
             found: list[str] = []
@@ -358,6 +359,7 @@ def test_north_cannot_fetch_what_south_has_answered(scene: Scene, tmp_path: Path
                 answer = outside.PullObject(PullObjectRequest(node=north, run_id=run_id, object_id=object_id))
                 assert answer.object_available and answer.object_content
         finally:
+            outside.DeactivateNode(DeactivateNodeRequest(node_id=north.node_id))  # for its own SuperNode
             out.touch()
             scene.consortium.wait(lambda: control.run_status(run_id).finished, "the run's end")
 
