@@ -6,6 +6,7 @@ do at worst is what anybody on the wire can: withhold.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,8 @@ def relaying(call: Call) -> ClientApp:
         from common.relay import RECORD, join_envelope, split_envelope
 
         if message.content[RECORD]["stage"] == "whoami":
-            site = ConfigRecord({"site": str(context.node_config["site"])})
+            salt = secrets.token_hex(8)  # or another site could name this object first (common/relay.py)
+            site = ConfigRecord({"site": str(context.node_config["site"]), "salt": salt})
             return Message(RecordDict({RECORD: site}), reply_to=message)
         stage, envelope = join_envelope(message.content)  # type: ignore[arg-type]
         reply = call(context, Stage(stage), envelope)

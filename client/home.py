@@ -225,9 +225,9 @@ def approve_study(home: SiteHome, sha256: str, *, clock: Callable[[], float] = t
         )
     approval = key.sign(Purpose.APPROVAL, format_study(study))
     directory = home.study_directory(sha256)
+    _note_time(directory, clock())  # first: killed after it, what is told is what stands
     write_atomic(directory / "approval.sig", approval.hex().encode())
     (directory / "refusal.json").unlink(missing_ok=True)
-    _note_time(directory, clock())
     return approval
 
 
@@ -235,9 +235,9 @@ def refuse_study(home: SiteHome, sha256: str, reason: str, *, clock: Callable[[]
     """Withdraw or deny this site's approval; the agent refuses the study from the next message on."""
     read_study(home, sha256)
     directory = home.study_directory(sha256)
+    _note_time(directory, clock())
     write_atomic(directory / "refusal.json", json.dumps({"reason": reason}).encode())
     (directory / "approval.sig").unlink(missing_ok=True)
-    _note_time(directory, clock())
 
 
 @dataclass(frozen=True)

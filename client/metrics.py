@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,15 +170,16 @@ class AgentLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._inode = self._end = 0
+        self._one_reader = threading.Lock()
         self.refusals: Counter[str] = Counter()
         self.seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
         self.answers: Counter[tuple[str, str]] = Counter()
 
     def read(self) -> None:
-        """Read what was added since the last time."""
+        """Read what was added since the last time; scrapes at the same time take turns."""
         if not self._path.is_file():
             return
-        with self._path.open("rb") as handle:
+        with self._one_reader, self._path.open("rb") as handle:
             status = os.fstat(handle.fileno())
             if status.st_ino != self._inode or status.st_size < self._end:
                 self._inode, self._end = status.st_ino, 0

@@ -5,6 +5,9 @@ Flower moves a record as one object and keeps equal ones once. At 20 MB and eigh
 of its own, and parts cut from a body's end, where the adapter is, what all sites get is pushed and kept once.
 An envelope that fits in one part is one record.
 
+Flower's store keeps the first tree that anybody names for an object's id. So nobody may know an id before its
+object is there: a frame holds a fresh signature, and parts that sites have had before carry a salt.
+
 Guarantees: `join_envelope(split_envelope(stage, envelope)) == (stage, envelope)`; records that no split makes
 are refused; joining takes the parts out of the records, so that memory holds the envelope and one part. It
 signs and checks nothing inside the envelope: `common.protocol` does.
@@ -23,18 +26,26 @@ PART_BYTES = 4 * 1024 * 1024
 MAX_ENVELOPE_BYTES = 2 * 1024**3
 
 _FIELDS = {"stage", "envelope"}
+_SALTED = _FIELDS | {"salt"}
 
 
 def split_envelope(
-    stage: str, envelope: Envelope, parts: Sequence[bytes] | None = None
+    stage: str, envelope: Envelope, parts: Sequence[bytes] | None = None, *, salt: str = ""
 ) -> dict[str, dict[str, str | bytes]]:
-    """Return record name to fields; `parts` of the body where the caller has cut it. Raises BodyTooLarge."""
+    """Return record name to fields; `parts` of the body where the caller has cut it. Raises BodyTooLarge.
+
+    salt: makes the parts other objects than the same bytes were before; equal parts with it are one object.
+    """
     _check_size(len(envelope))
     if len(envelope) <= PART_BYTES:
         pieces = [bytes(envelope)]
     else:
         pieces = [envelope.frame, *(body_parts(envelope.body) if parts is None else parts)]
-    return {_name(number): {"stage": stage, "envelope": piece} for number, piece in enumerate(pieces)}
+    salted: dict[str, str | bytes] = {"salt": salt} if salt else {}
+    return {
+        _name(number): {"stage": stage, "envelope": piece, **(salted if number else {})}
+        for number, piece in enumerate(pieces)
+    }
 
 
 def body_parts(body: Bytes, like: Sequence[bytes] = ()) -> list[bytes]:
@@ -58,12 +69,16 @@ def join_envelope(records: MutableMapping[str, Any]) -> tuple[str, Envelope]:
     stages, sizes = set(), []
     for name in names:
         record = records[name]
-        if set(record) != _FIELDS:
+        if set(record) != _FIELDS and (name == RECORD or set(record) != _SALTED):
             raise RelayInvalid(
                 f"expected fields {sorted(_FIELDS)} in record {name}, got {sorted(record)[:8]}"
             )
         stage, part = record["stage"], record["envelope"]
-        if not isinstance(stage, str) or not isinstance(part, bytes):
+        if (
+            not isinstance(stage, str)
+            or not isinstance(part, bytes)
+            or type(record.get("salt", "")) is not str
+        ):
             raise RelayInvalid(f"expected text and bytes in record {name}")
         stages.add(stage)
         sizes.append(len(part))

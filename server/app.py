@@ -198,6 +198,7 @@ def _run_round(run: Run, state: StudyState) -> StudyState:
     run.opened.clear_pending()
     for site in collected.contributions:
         run.histories[site] = round - 1
+        run.versions.setdefault(site, attempt.version(site))
     _forget(run, missing)
     _log_round(run, pending, missing, verdict, step_norm=step_norm, seconds=run.clock() - started)
     return after

@@ -62,7 +62,8 @@ class Pending:
 
     `histories` maps a site to the last round whose record it has verified, `sizes` to the size of the log it
     has seen and `versions` to the protocol version agreed with it, as known when the attempt began;
-    `witnessed` holds the cosignatures shown, once a quorum's.
+    `witnessed` holds the cosignatures shown, once a quorum's; `grace_s` is how long after the deadline the
+    requests still count.
     """
 
     round: int
@@ -74,6 +75,7 @@ class Pending:
     sizes: dict[str, int] = field(default_factory=dict)
     witnessed: str = ""
     versions: dict[str, int] = field(default_factory=dict)
+    grace_s: float = 0.0
 
 
 class StudyDirectory:

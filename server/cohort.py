@@ -12,6 +12,7 @@ it was asked since. It does not decide what an exchange means for the round.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -41,9 +42,6 @@ _LOST = {
     ErrorCode.NODE_UNAVAILABLE,
     ErrorCode.CLIENT_APP_CRASHED,
 }
-
-
-_WHOAMI: dict[str, dict[str, str | bytes]] = {RECORD: {"stage": "whoami", "envelope": b""}}
 
 
 _OF_ANOTHER = SignatureInvalid | EnvelopeMalformed | UnknownSender | RelayInvalid
@@ -193,7 +191,7 @@ class Cohort:
         unknown = sorted(alive - set(self._nodes.values()))
         if not unknown:
             return
-        messages = [_message(node, _WHOAMI) for node in unknown]
+        messages = [_message(node, _whoami()) for node in unknown]
         ids = dict(zip(self._grid.push_messages(messages), unknown, strict=True))
         for message_id, reply in self._arriving(lambda: ids, until_unix_s=self._clock() + 30.0):
             site, node = _claimed_site(reply), ids.pop(message_id)
@@ -206,12 +204,13 @@ class Cohort:
         """Push the sites' requests."""
         messages = []
         parts: list[bytes] = []
+        salt = secrets.token_hex(8)
         for site in sites:
             request = asked.requests[site]
             stage = self._stage(request)
             if len(request) > PART_BYTES:
                 parts = body_parts(request.body, like=parts)
-            records = split_envelope(stage, request, parts)
+            records = split_envelope(stage, request, parts, salt=salt)
             lasts_s = asked.end_unix_s - self._clock() + 600.0
             messages.append(_message(self._nodes[site], records, ttl_s=max(DEFAULT_TTL, lasts_s)))
             self.traffic.count(stage, "down", len(request))
@@ -288,7 +287,7 @@ class Cohort:
             due = (late or message_id in slow) and message_id not in asked.questioned
             if due and site in self._nodes:
                 asked.questioned.add(message_id)
-                [question] = self._grid.push_messages([_message(self._nodes[site], _WHOAMI)])
+                [question] = self._grid.push_messages([_message(self._nodes[site], _whoami())])
                 asked.questions[question] = site
 
     def _give_up_the_idle(self, asked: _Asked) -> None:
@@ -377,6 +376,11 @@ def _message(
 ) -> Message:
     content = RecordDict({name: ConfigRecord(dict(record)) for name, record in records.items()})
     return Message(content, dst_node_id=node, message_type="query.relay", ttl=ttl_s)
+
+
+def _whoami() -> dict[str, dict[str, str | bytes]]:
+    """Make the question who a node is: each time another object, which nobody can name before."""
+    return {RECORD: {"stage": "whoami", "envelope": b"", "salt": secrets.token_hex(8)}}
 
 
 def _claimed_site(reply: Message) -> str:

@@ -47,6 +47,7 @@ from server.cohort import Accept, Cohort, Outcome
 from server.round import (
     Contribution,
     contribute_body,
+    deadline_after,
     pack_shown,
     parse_contribution,
     parse_witnessed,
@@ -101,10 +102,7 @@ class Attempt:
         else:
             ledger = (self.pending.witnessed.encode(),)
         shown = pack_shown(self.unseen(site), *ledger)
-        body = contribute_body(
-            self.state, self.pending, cohort=cohort, opening=opening, shown=shown,
-            grace_s=self.study.cohort.grace,
-        )  # fmt: skip
+        body = contribute_body(self.state, self.pending, cohort=cohort, opening=opening, shown=shown)
         return self.request(Stage.CONTRIBUTE, site, body)
 
     def unseen(self, site: str) -> list[SignedRecord]:
@@ -128,14 +126,14 @@ class Attempt:
     ) -> Outcome:
         """Exchange until the attempt's deadline, or a while longer where it was taken up after it.
 
-        Sites still at work then get the manifest's grace, or `grace_s`.
+        Sites still at work then get the attempt's grace, or `grace_s`.
         """
         cohort = self.study.cohort
         return self.cohort.exchange(
             requests,
             accept=accept,
             until_unix_s=max(self.pending.deadline_unix_s, self.clock() + min(60.0, cohort.deadline_s)),
-            grace_s=cohort.grace if grace_s is None else grace_s,
+            grace_s=self.pending.grace_s if grace_s is None else grace_s,
         )
 
 
@@ -288,6 +286,7 @@ def collect_masked(attempt: Attempt, book: MaskingBook, missing: dict[str, str])
         if not machine.to_json()["shares"]:  # the long form, or a server killed in the middle of it
             _take_shares(attempt, machine, missing)
         machine.close_shares(adapter=vector_sha256(attempt.state.adapter))
+        attempt = _timed_anew(attempt)
         book.write(machine, following)
     retained = Retained(attempt.opened.directory, study, pending)
     if machine.stage is ServerStage.UPLOADS:
@@ -313,6 +312,15 @@ def collect_masked(attempt: Attempt, book: MaskingBook, missing: dict[str, str])
     out = np.empty_like(total)
     machine.unmask(total, out)
     return Collected(digests, missing, units=out, aggregate=aggregate)
+
+
+def _timed_anew(attempt: Attempt) -> Attempt:
+    """Start the contributions' deadline, durably: keys and shares may have taken the attempt's own."""
+    pending = replace(
+        attempt.pending, deadline_unix_s=deadline_after(attempt.study, now_unix_s=attempt.clock())
+    )
+    attempt.opened.save_pending(pending)
+    return replace(attempt, pending=pending)
 
 
 def _witnessed(attempt: Attempt) -> bytes:

@@ -58,12 +58,18 @@ def plan_attempt(
         round=round,
         attempt=attempt,
         cohort=tuple(sorted(cohort)),
-        deadline_unix_s=float(int(now_unix_s + study.cohort.deadline_s) + 1),
+        deadline_unix_s=deadline_after(study, now_unix_s=now_unix_s),
         nonce=secrets.token_hex(16),
         histories={site: histories.get(site, -1) for site in cohort},
         sizes={site: sizes.get(site, 0) for site in cohort},
         versions={site: versions.get(site, OLDEST) for site in cohort},
+        grace_s=study.cohort.grace,
     )
+
+
+def deadline_after(study: Study, *, now_unix_s: float) -> float:
+    """Return the deadline of what is asked from now on, in whole Unix seconds."""
+    return float(int(now_unix_s + study.cohort.deadline_s) + 1)
 
 
 def stage_request(
@@ -94,13 +100,12 @@ def contribute_body(
     cohort: Sequence[str],
     opening: bytes,
     shown: bytes,
-    grace_s: float,
 ) -> bytes:
     """Make the body of a contribute request: global adapter, cohort, the grace's end, what `shown` packs."""
     meta = {
         "adapter_sha256": vector_sha256(state.adapter),
         "cohort": list(cohort),
-        "deadline_unix_s": pending.deadline_unix_s + grace_s,
+        "deadline_unix_s": pending.deadline_unix_s + pending.grace_s,
     }
     return pack_body(meta, opening, shown, vector_to_bytes(state.adapter))
 

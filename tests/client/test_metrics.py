@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -172,3 +173,15 @@ def test_the_command_serves_them_until_told_to_stop(home: SiteHome) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
         process.stderr.close()
+
+
+def test_scrapes_at_the_same_time_count_each_line_once(tmp_path: Path) -> None:
+    line = json.dumps({"event": SERVED, "study": "a" * 12, "stage": "keys", "seconds": 1.0}) + "\n"
+    (tmp_path / "agent.jsonl").write_text(line * 5000)
+    log = AgentLog(tmp_path / "agent.jsonl")
+    scrapes = [threading.Thread(target=log.read) for _ in range(4)]
+    for scrape in scrapes:
+        scrape.start()
+    for scrape in scrapes:
+        scrape.join()
+    assert log.answers == {("a" * 12, "keys"): 5000}

@@ -38,6 +38,9 @@ def test_two_sites_messages_share_the_records_of_what_both_are_sent(own: tuple[b
     one, two = own[0] + adapter, own[1] + adapter
     parts = body_parts(one)
     first = split_envelope("x", Envelope(FRAME, one), parts)
+    salted = split_envelope("x", Envelope(FRAME, one), parts, salt="ab")
+    assert [set(fields) - {"stage", "envelope"} for fields in salted.values()] == [set(), *[{"salt"}] * 3]
+    assert join_envelope({name: dict(fields) for name, fields in salted.items()})[1].body == one
     second = split_envelope("x", Envelope(FRAME, two), body_parts(two, like=parts))
     assert {name for name in first if first[name] != second[name]} == {"fedrad.1"}
     assert all(first[name]["envelope"] is second[name]["envelope"] for name in ("fedrad.2", "fedrad.3"))

@@ -184,6 +184,8 @@ def relay() -> Target:
             return
         records = {name: {k: flower_value(v) for k, v in fields.items()} for name, fields in value.items()}
         stage, joined = join_envelope({name: dict(fields) for name, fields in records.items()})
+        for record in records.values():
+            record.pop("salt", None)
         if split_envelope(stage, joined) != records:
             raise ValueError("expected the one split of an envelope")
 

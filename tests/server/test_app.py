@@ -119,6 +119,62 @@ def test_a_finished_study_run_again_changes_nothing(make: Make) -> None:
     assert len(read_records(world.server)) == 2
 
 
+@pytest.mark.parametrize("mode", ["plain", "consortium"])
+def test_a_site_that_was_not_greeted_serves_a_resumed_attempt_to_the_studys_end(
+    make: Make, mode: str
+) -> None:
+    world = make(mode=mode, rounds=1)
+
+    def stop(site: str, header: Header, request: bytes) -> bytes:
+        if header.stage is Stage.CONTRIBUTE and site == "gamma":
+            raise KeyboardInterrupt
+        return request
+
+    world.before = stop
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    lost: list[str] = []
+
+    def lose(site: str, header: Header, request: bytes) -> bytes | None:
+        if site == "beta" and header.stage is Stage.HELLO and not lost:
+            lost.append(site)
+            return None
+        return request
+
+    world.before = lose
+    world.run()
+    assert lost and "beta" in read_records(world.server)[0].record.contributors
+    assert log(world, "finished")
+
+
+def test_an_attempt_begun_before_there_was_a_grace_is_asked_as_it_was(make: Make) -> None:
+    world = make(mode="consortium", rounds=1)
+    seen: dict[str, list[bytes]] = {site: [] for site in SITES}
+
+    def again(site: str, header: Header, request: bytes) -> bytes:
+        if header.stage is Stage.CONTRIBUTE:
+            seen[site].append(split_message(request)[2])
+        return request
+
+    def stop(site: str, header: Header, request: bytes) -> bytes:
+        if again(site, header, request) and header.stage is Stage.CONTRIBUTE:
+            raise KeyboardInterrupt
+        return request
+
+    world.before = stop
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    path = world.server / "pending.json"
+    before = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("grace_s", "versions")}
+    path.write_text(json.dumps(before))
+    world.before = again
+    world.run()
+    [signed] = read_records(world.server)
+    assert signed.record.attempt == 1 and signed.record.contributors == tuple(sorted(SITES))
+    deadline = b'"deadline_unix_s":%d' % before["deadline_unix_s"]
+    assert deadline in seen["beta"][0] and deadline not in seen["alpha"][0]
+
+
 # --- releases that differ -----------------------------------------------------------------------------------
 
 
@@ -227,6 +283,17 @@ def test_a_site_slower_than_the_grace_is_named_and_comes_back(make: Make) -> Non
     records = [signed.record for signed in read_records(world.server)]
     assert records[0].missing == {"delta": "no answer within the grace"}
     assert "delta" in records[-1].contributors
+
+
+@pytest.mark.parametrize("stage", ["keys", "shares"])
+def test_a_site_that_is_silent_before_the_contributions_costs_the_others_time_only(
+    make: Make, stage: str
+) -> None:
+    world = make(mode="consortium", rounds=1)
+    world.wait_s, world.takes_s = 60.0, {("delta", stage): 1e6}
+    world.run()
+    [signed] = read_records(world.server)
+    assert signed.record.attempt == 1 and signed.record.contributors == ("alpha", "beta", "gamma")
 
 
 def test_a_site_that_is_slow_to_get_ready_is_waited_for(make: Make) -> None:

@@ -41,7 +41,7 @@ def advance(world: Consortium, state: StudyState) -> tuple[StudyState, SignedRec
     study, round = world.study, state.round + 1
     adapter = state.adapter + np.float32(1)
     pending = plan_attempt(
-        study, round=round, attempt=1, cohort=("alpha",), histories={}, sizes={}, now_unix_s=1.0
+        study, round=round, attempt=1, cohort=("alpha",), histories={}, sizes={}, versions={}, now_unix_s=1.0
     )
     record = make_record(
         study, state, pending, adapter_out=vector_sha256(adapter), contributions={"alpha": "ab" * 32},

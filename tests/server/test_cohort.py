@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from common.compatibility import running_release
 from common.errors import AdapterInvalid
@@ -239,6 +240,20 @@ def test_a_node_that_lives_but_has_lost_its_reply_in_silence_is_asked_again(worl
     assert greet(world, cohort(world, grid)) == Outcome(tuple(sorted(SITES)), {})
     assert grid.times == 2
     assert 300 <= world.clock() - start < 600  # half of the time, then one question
+
+
+def test_no_object_is_pushed_that_a_site_could_have_named_before(world: Consortium) -> None:
+    pushed: list[set[str]] = []
+
+    class Noting(SimulatedGrid):
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            messages = list(messages)
+            pushed.append({name for one in messages for name in get_all_nested_objects(one)})
+            return super().push_messages(messages)
+
+    for _ in range(2):
+        greet(world, cohort(world, Noting(world)))
+    assert len(pushed) == 4 and not set.union(*pushed[:2]) & set.union(*pushed[2:])
 
 
 # --- a grace for slow sites ---------------------------------------------------------------------------------

