@@ -5,16 +5,22 @@ Below the site's directory (client/home.py):
     keys/tls.key  keys/node.key    P-384 (0600): TLS client and Flower node
     enrolment.json                 consortium, server address, when the certificate was issued
     tls/certificate.pem authority.pem
-    next/                          keys of a rotation that the operator has not answered yet
+    tls/room                       what the next bundle takes on the disk, laid by before it is asked for
+    next/                          keys of a rotation that the operator has not answered yet; with
+                                   enrolment.json the whole answer, which `finish_rotation` puts in its place
 
 Guarantees: private keys are made here and never leave; a bundle is installed only when it is for this site
-and these keys and signed by the operator whose key this site holds. It talks to nobody: `deploy/site` does.
+and these keys and signed by the operator whose key this site holds; new keys and their certificate are taken
+up together, after a kill or a power cut at the next occasion. It talks to nobody: `deploy/site` does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -54,6 +60,7 @@ from common.ledger.entries import Enrolment
 
 REQUEST_NAME = "enrolment-request.json"
 _KEYS = ("tls.key", "node.key", "message.key", "witness.key")
+_ROOM_BYTES = 64 << 10  # a bundle's three files, the longest that it may hold
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,7 @@ def node_key_path(home: SiteHome) -> Path:
 
 def request_enrolment(home: SiteHome, *, software: str, now: datetime) -> EnrolmentRequest:
     """Make the keys that are missing and the request to send; the same request again until a key changes."""
+    finish_rotation(home)
     keys = home.directory / "keys"
     path = home.directory / REQUEST_NAME
     if (home.directory / "enrolment.json").is_file():
@@ -136,10 +144,13 @@ def request_rotation(
     """Make new TLS and node keys, and with `message_keys` message and witness keys, and ask to use them.
 
     The new keys lie in `next/` until the operator's bundle is installed; running studies pin message and
-    witness keys and refuse a site that changed them.
+    witness keys and refuse a site that changed them. Raises KeyFileInvalid for a key that could not change
+    here: the operator's answer ends the old ones.
     """
+    finish_rotation(home)
     read_enrolled(home)
     coming = home.directory / "next"
+    _verify_replaceable(home, _KEYS if message_keys else _KEYS[:2])
     coming.mkdir(exist_ok=True, mode=0o700)
     present = _present(home)
     if not message_keys:
@@ -163,14 +174,16 @@ def request_rotation(
 
 def set_keys_aside(home: SiteHome, *, now: datetime) -> Path | None:
     """Put all keys and the enrolment away, so that new ones are made; after a revocation, or a loss."""
+    with contextlib.suppress(KeyFileInvalid):
+        finish_rotation(home)
     keys = home.directory / "keys"
     if not keys.is_dir():
         return None
+    shutil.rmtree(home.directory / "next", ignore_errors=True)
     aside = home.directory / f"keys-until-{now:%Y%m%dT%H%M%S}"
     keys.rename(aside)
     for path in (home.directory / "enrolment.json", home.directory / REQUEST_NAME):
         path.unlink(missing_ok=True)
-    shutil.rmtree(home.directory / "next", ignore_errors=True)
     return aside
 
 
@@ -178,8 +191,9 @@ def install_bundle(home: SiteHome, signed: SignedBundle) -> Enrolled:
     """Install the operator's bundle, first or renewed; the keys of a rotation take their place with it.
 
     Raises SignatureInvalid, EnrolmentInvalid for another site's, CertificateInvalid for other keys or another
-    authority than the site has.
+    authority than the site has, KeyFileInvalid for a key that cannot change here, OSError on a full disk.
     """
+    finish_rotation(home)
     bundle = signed.bundle
     verify_bundle(signed, operator_key=home.operator_key)
     if bundle.site != home.site:
@@ -193,16 +207,59 @@ def install_bundle(home: SiteHome, signed: SignedBundle) -> Enrolled:
         certificate.verify_directly_issued_by(authority)
     except (InvalidSignature, ValueError, TypeError) as error:
         raise CertificateInvalid("expected a certificate of the bundle's authority, got another") from error
-    public = certificate.public_key()
-    if not isinstance(public, ec.EllipticCurvePublicKey):
-        raise CertificateInvalid("expected a certificate of a P-384 key, got another kind")
-    if key_sha256(public) != key_sha256(load_ec_key(tls_key_path(home)).public_key()):
-        _take_next_keys(home, key_sha256(public))
-    write_atomic(known, bundle.authority.encode())
-    write_atomic(certificate_path(home), bundle.certificate.encode())
+    sha256 = _key_of(certificate)
+    rotates = sha256 != key_sha256(load_ec_key(tls_key_path(home)).public_key())
+    if rotates:
+        _verify_next_keys(home, sha256)
     value = {"consortium": bundle.consortium, "address": bundle.address, "issued_s": bundle.issued_s}
-    write_atomic(home.directory / "enrolment.json", (json.dumps(value, indent=2) + "\n").encode())
+    files = {
+        "authority.pem": bundle.authority.encode(),
+        "certificate.pem": bundle.certificate.encode(),
+        "enrolment.json": (json.dumps(value, indent=2) + "\n").encode(),
+    }
+    places = _places(home)
+    _room_path(home).unlink(missing_ok=True)
+    for name, data in files.items():
+        write_atomic(home.directory / "next" / name if rotates else places[name], data)
+    if rotates:
+        finish_rotation(home)
     return read_enrolled(home)
+
+
+def finish_rotation(home: SiteHome) -> None:
+    """Put keys and certificate of an answered rotation in the place of the old ones, by renames alone.
+
+    The answer counts once `enrolment.json` is in `next/`, the last to come and the last to go: what a kill or
+    an OSError leaves is done when this is called again. Does nothing where no answer waits.
+    """
+    coming = home.directory / "next"
+    if not (coming / "enrolment.json").is_file():
+        return
+    _verify_replaceable(home, _waiting(home))
+    for name, place in _places(home).items():
+        if name == "enrolment.json":
+            sync_directory(home.directory / "keys")
+            sync_directory(home.directory / "tls")
+        if (coming / name).is_file():
+            (coming / name).replace(place)
+    sync_directory(home.directory)
+    with contextlib.suppress(OSError):  # what a kill left of a file half-written
+        for path in coming.glob(".*.partial"):
+            path.unlink()
+        coming.rmdir()
+
+
+def reserve_room(home: SiteHome) -> None:
+    """Lay by what a bundle takes on the disk before the server issues one; raises OSError if it is full."""
+    path = _room_path(home)
+    if not path.is_file():
+        write_atomic(path, os.urandom(_ROOM_BYTES))  # no file system makes this smaller
+
+
+def certificate_fits_key(home: SiteHome) -> bool:
+    """Tell whether the certificate is for the TLS key that is here."""
+    certificate = _parse_certificate(certificate_path(home).read_text())
+    return _key_of(certificate) == key_sha256(load_ec_key(tls_key_path(home)).public_key())
 
 
 def verify_operator(signed: SignedBundle, *, fingerprint_read_out: str) -> None:
@@ -249,11 +306,13 @@ def renewal_request(home: SiteHome, *, now: datetime, nonce: str) -> SignedSiteR
 def rotation_answer_request(home: SiteHome, *, now: datetime, nonce: str) -> SignedSiteRequest | None:
     """Ask, with the keys that wait in `next/`, for their certificate; None where none wait.
 
-    The server refuses it until the operator has taken the new keys for the old.
+    The server refuses it until the operator has taken the new keys for the old. Raises KeyFileInvalid where
+    the answer could not be installed.
     """
     coming = home.directory / "next"
     if not (coming / "tls.key").is_file():
         return None
+    _verify_replaceable(home, _waiting(home))
     changed = (coming / "message.key").is_file()
     key = load_key(coming / "message.key") if changed else home.message_key()
     csr = make_csr(home.site, load_ec_key(coming / "tls.key"))
@@ -291,25 +350,43 @@ def _present(home: SiteHome) -> PresentKeys:
     return PresentKeys(message, body)
 
 
-def _take_next_keys(home: SiteHome, tls_sha256: str) -> None:
-    """Put the keys of `next/` in the place of the old ones, when the certificate is for them."""
-    coming = home.directory / "next"
-    path = coming / "tls.key"
+def _verify_next_keys(home: SiteHome, tls_sha256: str) -> None:
+    """Raise CertificateInvalid unless the certificate is for the keys of `next/`, KeyFileInvalid as below."""
+    path = home.directory / "next" / "tls.key"
     if not path.is_file() or key_sha256(load_ec_key(path).public_key()) != tls_sha256:
         raise CertificateInvalid(
             f"expected a certificate for this site's TLS key, got one for {tls_sha256[:16]}…"
         )
-    for name in _KEYS:
-        if (coming / name).is_file() and home.key_file(name) != home.directory / "keys" / name:
+    _verify_replaceable(home, _waiting(home))
+
+
+def _verify_replaceable(home: SiteHome, names: Sequence[str]) -> None:
+    """Raise KeyFileInvalid unless these keys lie in `keys/`: systemd would go on with those it holds."""
+    for name in names:
+        path = home.directory / "keys" / name
+        if home.key_file(name) != path or not path.is_file():
             raise KeyFileInvalid(
-                f"{home.key_file(name)}: expected no systemd credential for a key that changes, got one; "
-                "take it out of the unit, install the bundle, then encrypt the new key"
+                f"{path}: expected the key that changes here and no systemd credential for it; put it back, "
+                "take it out of the unit, let the new keys be taken up, then encrypt the new one"
             )
-    for name in reversed(_KEYS):  # the TLS key last: until it moves, the same bundle can be installed again
-        if (coming / name).is_file():
-            (coming / name).replace(home.directory / "keys" / name)
-    sync_directory(home.directory / "keys")
-    shutil.rmtree(coming)
+
+
+def _waiting(home: SiteHome) -> list[str]:
+    return [name for name in _KEYS if (home.directory / "next" / name).is_file()]
+
+
+def _places(home: SiteHome) -> dict[str, Path]:
+    """Where the files of `next/` belong, in the order in which they are moved."""
+    return {
+        **{name: home.directory / "keys" / name for name in _KEYS},
+        "authority.pem": authority_path(home),
+        "certificate.pem": certificate_path(home),
+        "enrolment.json": home.directory / "enrolment.json",
+    }
+
+
+def _room_path(home: SiteHome) -> Path:
+    return home.directory / "tls" / "room"
 
 
 def _holds(
@@ -343,6 +420,13 @@ def _parse_certificate(pem: str) -> x509.Certificate:
         return x509.load_pem_x509_certificate(pem.encode())
     except ValueError as error:
         raise CertificateInvalid("expected a certificate in PEM, got something else") from error
+
+
+def _key_of(certificate: x509.Certificate) -> str:
+    public = certificate.public_key()
+    if not isinstance(public, ec.EllipticCurvePublicKey):
+        raise CertificateInvalid("expected a certificate of a P-384 key, got another kind")
+    return key_sha256(public)
 
 
 def utc_now() -> datetime:

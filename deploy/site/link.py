@@ -1,10 +1,12 @@
 """A site's connection to its server, kept up: the gateway, renewal, studies in and approvals out.
 
 It holds the TLS key and the message key, so it runs as the site's user. Guarantees: a certificate is renewed
-from two thirds of its life on, until it works; a study from the server is only received (approving it is the
-site's own act); what this site has decided about a study is compared with what the server holds of it at
-every exchange and sent where they differ, also to a server that lost it or refused it for a moment; a clock
-that is off is named. What it knows is in `run/link.json`, for `fedrad-site status`.
+from two thirds of its life on, until it works, and at once where it is not for the key that is here; none is
+asked for that could not be installed, and one that was not installed is tried again, not asked for again; a
+fault in one step (new keys, renewal, studies) holds up no other; a study from the server is only received
+(approving it is the site's own act); what this site has decided about a study is compared with what the
+server holds of it at every exchange and sent where they differ, also to a server that lost it or refused it
+for a moment; a clock that is off is named. What it knows is in `run/link.json`, for `fedrad-site status`.
 
 A decision goes with the time at which it was made here, not sent: a site restored from a copy of before its
 withdrawal sends an old approval, which the server refuses (server/submission.py says which decision counts).
@@ -21,6 +23,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,12 +31,14 @@ from typing import Any
 from cryptography import x509
 
 from client.enrolment import (
-    Enrolled,
     authority_path,
+    certificate_fits_key,
     certificate_path,
+    finish_rotation,
     install_bundle,
     read_enrolled,
     renewal_request,
+    reserve_room,
     rotation_answer_request,
     site_request,
     tls_key_path,
@@ -42,8 +47,9 @@ from client.enrolment import (
 from client.heartbeat import whoami
 from client.home import Decision, SiteHome, list_studies, read_decision, receive_study
 from common.canonical import sha256_hex
+from common.ec_keys import key_sha256, load_csr
 from common.enrolment import Ask, SignedSiteRequest, format_site_request, parse_bundle
-from common.errors import FedRadError, SiteRevoked
+from common.errors import FedRadError, ServerUnreachable, SiteRevoked
 from common.files import write_atomic
 from deploy.local.certificates import LoopbackTls, write_loopback_tls
 from deploy.site.gateway import DoorClosed, Gateway, Route, ServerRefused, ask_server
@@ -61,6 +67,20 @@ _EVER_NEW = ("gateway_last_s", "last_contact_s", "bytes_up", "bytes_down")
 _GATEWAY_LIFETIME = timedelta(days=3650)  # this machine's loopback only; its authority's key is never written
 _GATEWAY_SPARE = timedelta(days=365)
 _UNDECIDED = Decision("", 0)
+_NOT_ANSWERED = ("EnrolmentInvalid", "SignatureInvalid")  # the server knows the old TLS or message key still
+_KEPT = timedelta(days=1)  # as long as a bundle is tried: of a week's certificates seven count at once
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """The server's answer to a request for a certificate: for which key it was asked, and when."""
+
+    key_sha256: str
+    asked: datetime
+    bundle: bytes
+
+    def serves(self, key_sha256: str, now: datetime) -> bool:
+        return key_sha256 == self.key_sha256 and abs(now - self.asked) < _KEPT
 
 
 def gateway_tls(directory: Path, *, now: datetime) -> LoopbackTls:
@@ -93,6 +113,7 @@ class SiteLink:
         self._written: dict[str, Any] = {}
         self._told: dict[str, Decision] = {}
         self._refused: dict[str, str] = {}
+        self._fetched: _Fetched | None = None
         self._pause_s = _FIRST_PAUSE_S
         self._due = 0.0
 
@@ -122,45 +143,79 @@ class SiteLink:
             self.gateway.stop()
 
     def _ask(self) -> None:
-        """Renew where it is time, then exchange studies and approvals; a failure is tried again."""
-        try:
-            self._told = self._decisions()
-            self._take_up_rotation()
-            enrolled = read_enrolled(self._home)
-            if self._clock() >= enrolled.renew_after:
-                self._renew(enrolled)
-            self._exchange_studies()
-            self._status.update(connected=True, error="", last_contact_s=int(time.time()))
-            self._pause_s, wait_s = _FIRST_PAUSE_S, _ASK_EVERY_S
-        except (FedRadError, OSError) as error:  # an OSError: nothing can be written, a full disk mostly
-            text = f"{error.code}: {error}" if isinstance(error, FedRadError) else f"this machine: {error}"
-            if text != self._status["error"]:
-                log.warning("the server does not serve this site: %s", error)
-            reached = isinstance(error, ServerRefused | SiteRevoked)
-            self._status.update(connected=reached, error=text)
+        """Take up new keys, renew, exchange studies and approvals; what fails is tried again.
+
+        A step that fails keeps none from its turn, but where the server is away or has revoked the site.
+        """
+        failures: list[str] = []
+        for step in (
+            self._note_decisions,
+            self._take_up_rotation,
+            self._keep_certificate,
+            self._exchange_studies,
+        ):
+            failure: FedRadError | OSError | None = None
+            try:
+                step()
+            except (FedRadError, OSError) as error:  # an OSError: nothing can be written, a full disk mostly
+                failure = error
+                code = error.code if isinstance(error, FedRadError) else "this machine"
+                failures.append(f"{code}: {error}")
+                if failures[-1] not in self._status["error"]:
+                    log.warning("the server does not serve this site: %s", error)
+                away = isinstance(error, ServerUnreachable) and not isinstance(error, ServerRefused)
+                if away or isinstance(error, SiteRevoked):
+                    break
+        reached = failure is None or isinstance(failure, ServerRefused | SiteRevoked)
+        self._status.update(connected=reached, error="; ".join(dict.fromkeys(failures)))
+        if failure is None:
+            self._status["last_contact_s"] = int(time.time())
+        if failures:
             wait_s = self._pause_s
             self._pause_s = min(_LAST_PAUSE_S, 2 * self._pause_s)
+        else:
+            self._pause_s, wait_s = _FIRST_PAUSE_S, _ASK_EVERY_S
         self._due = time.monotonic() + wait_s
 
-    def _renew(self, enrolled: Enrolled) -> None:
-        request = renewal_request(self._home, now=self._clock(), nonce=secrets.token_hex(16))
-        value = self._send(request, with_certificate=self._clock() < enrolled.not_after)
-        renewed = install_bundle(self._home, parse_bundle(str(value.get("bundle", "")).encode()))
-        log.info("the certificate was renewed")
-        self._status["certificate_until"] = renewed.not_after.isoformat()
+    def _note_decisions(self) -> None:
+        self._told = self._decisions()
 
     def _take_up_rotation(self) -> None:
         """Fetch the operator's answer to a rotation and take up the new keys; until then nothing changes."""
+        finish_rotation(self._home)
         nonce = secrets.token_hex(16)
         request = rotation_answer_request(self._home, now=self._clock(), nonce=nonce)
         if request is None:
             return
         try:
-            value = self._send(request, with_certificate=False)
-        except ServerRefused:
-            return  # the operator has not answered yet
-        install_bundle(self._home, parse_bundle(str(value.get("bundle", "")).encode()))
+            self._take_bundle(request, with_certificate=False)
+        except ServerRefused as error:
+            if str(error).partition(":")[0] not in _NOT_ANSWERED:
+                raise
+            return
         log.info("the new keys are taken up")
+
+    def _keep_certificate(self) -> None:
+        """Renew where it is time, and at once, without the certificate, where it is not for the key here."""
+        enrolled, fits = read_enrolled(self._home), certificate_fits_key(self._home)
+        self._status["certificate_until"] = enrolled.not_after.isoformat()
+        now = self._clock()
+        if fits and now < enrolled.renew_after:
+            return
+        request = renewal_request(self._home, now=now, nonce=secrets.token_hex(16))
+        self._take_bundle(request, with_certificate=fits and now < enrolled.not_after)
+        log.info("the certificate was renewed")
+
+    def _take_bundle(self, request: SignedSiteRequest, *, with_certificate: bool) -> None:
+        """Fetch a bundle and install it; the one that could not be installed before is tried again first."""
+        key = key_sha256(load_csr(request.request.argument, site=self._home.site))
+        if self._fetched is None or not self._fetched.serves(key, self._clock()):
+            reserve_room(self._home)
+            value = self._send(request, with_certificate=with_certificate)
+            self._fetched = _Fetched(key, self._clock(), str(value.get("bundle", "")).encode())
+        installed = install_bundle(self._home, parse_bundle(self._fetched.bundle))
+        self._fetched = None
+        self._status["certificate_until"] = installed.not_after.isoformat()
 
     def _exchange_studies(self) -> None:
         """Take in what is offered, and send the decisions that the server does not hold as they are here.

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import stat
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from client.enrolment import (
+    certificate_fits_key,
     certificate_path,
+    finish_rotation,
     install_bundle,
     load_ec_key,
     node_key_path,
@@ -18,6 +26,8 @@ from client.enrolment import (
     renewal_request,
     request_enrolment,
     request_rotation,
+    reserve_room,
+    rotation_answer_request,
     set_keys_aside,
     tls_key_path,
     verify_operator,
@@ -45,6 +55,7 @@ from common.errors import (
 from common.identity import SigningKey, fingerprint
 from server.consortium import ServerHome, create_server_home
 from server.enrolment import approve, read_site, renew, rotate
+from tests.full_disk import room_for
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 KEYS = ("tls.key", "node.key", "message.key", "witness.key")
@@ -227,19 +238,148 @@ def test_an_enrolled_site_without_a_key_makes_no_other(tmp_path: Path, server: S
     assert request_enrolment(home, software="fedrad 0.1.0", now=NOW).keys.site == "north"
 
 
-def test_a_rotation_does_not_put_a_key_behind_a_credential(tmp_path: Path, server: ServerHome) -> None:
+def test_a_rotation_of_a_key_that_is_a_credential_is_refused_at_every_step(
+    tmp_path: Path, server: ServerHome
+) -> None:
     home = new_home(tmp_path, server)
     install_bundle(home, answer(server, home))
     credentials = tmp_path / "credentials"
     credentials.mkdir()
-    (home.directory / "keys" / "tls.key").rename(credentials / "fedrad-tls.key")
+    held, free = credentials / "fedrad-tls.key", home.directory / "keys" / "tls.key"
     opened = open_home(home.directory, credentials=credentials)
-    request = request_rotation(opened, software="fedrad 0.1.0", now=NOW)
-    signed = rotate(server, server.authority(), request, fingerprint=fingerprint_of(request.keys), now=NOW)
+
+    free.rename(held)
+    with pytest.raises(KeyFileInvalid, match="credential"):  # the operator's answer would end the old keys
+        request_rotation(opened, software="fedrad 0.1.0", now=NOW)
+    held.rename(free)
+    signed = rotated(server, opened)
+    free.rename(held)
+    with pytest.raises(KeyFileInvalid, match="credential"):
+        rotation_answer_request(opened, now=NOW, nonce="ab" * 16)
     with pytest.raises(KeyFileInvalid, match="credential"):
         install_bundle(opened, signed)
-    (credentials / "fedrad-tls.key").rename(home.directory / "keys" / "tls.key")
+    held.rename(free)
+    assert rotation_answer_request(opened, now=NOW, nonce="ab" * 16) is not None
+    install_bundle(opened, signed)
+
+
+def test_a_rotation_of_a_key_that_another_unit_holds_is_refused(tmp_path: Path, server: ServerHome) -> None:
+    """The link's unit has no credential of the node key; the relay's has, and would keep the old one."""
+    home = new_home(tmp_path, server)
+    install_bundle(home, answer(server, home))
+    rotated(server, home)
+    (home.directory / "keys" / "node.key").rename(tmp_path / "fedrad-node.key")
+    with pytest.raises(KeyFileInvalid, match=r"node\.key: .*credential"):
+        rotation_answer_request(home, now=NOW, nonce="ab" * 16)
+
+
+def rotated(server: ServerHome, home: SiteHome, *, message_keys: bool = False) -> SignedBundle:
+    """Let the site ask for new keys and the operator answer."""
+    request = request_rotation(home, software="fedrad 0.1.0", now=NOW, message_keys=message_keys)
+    return rotate(server, server.authority(), request, fingerprint=fingerprint_of(request.keys), now=NOW)
+
+
+def key_bytes(directory: Path) -> dict[str, bytes]:
+    return {name: (directory / name).read_bytes() for name in KEYS}
+
+
+def killed(act: Callable[[], object], *, step: int) -> bool:
+    """Do it in a process of its own that dies by SIGKILL just before its `step`-th change to the disk."""
+    child = os.fork()
+    if child == 0:
+        try:
+            _die_at(step)
+            act()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
+    return os.WIFSIGNALED(status)
+
+
+def _die_at(step: int) -> None:
+    done = count()
+
+    def deadly(really: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            if next(done) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return really(*arguments, **more)
+
+        return call
+
+    for name in ("replace", "unlink", "rmdir"):
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def test_a_kill_at_any_step_of_new_keys_leaves_the_old_or_the_new_site(
+    tmp_path: Path, server: ServerHome
+) -> None:
+    home = new_home(tmp_path, server)
+    install_bundle(home, answer(server, home))
+    signed = rotated(server, home, message_keys=True)
+    old, new = key_bytes(home.directory / "keys"), key_bytes(home.directory / "next")
+    outcomes = set()
+    for step in count():
+        copy = replace(home, directory=tmp_path / f"killed-at-{step}")
+        shutil.copytree(home.directory, copy.directory)
+        whole = not killed(lambda copy=copy: install_bundle(copy, signed), step=step)  # type: ignore[misc]
+        finish_rotation(copy)
+        after = key_bytes(copy.directory / "keys")
+        assert after in (old, new), f"killed before change {step}"
+        assert certificate_fits_key(copy), f"killed before change {step}"
+        if after == old:  # the server is asked again, or the bundle is installed again
+            assert rotation_answer_request(copy, now=NOW, nonce="ab" * 16) is not None
+            install_bundle(copy, signed)
+        assert key_bytes(copy.directory / "keys") == new and certificate_fits_key(copy)
+        assert rotation_answer_request(copy, now=NOW, nonce="ab" * 16) is None
+        outcomes.add(after == new)
+        shutil.rmtree(copy.directory)
+        if whole:
+            break
+    assert outcomes == {False, True} and step >= 11
+
+
+def test_what_a_kill_left_is_finished_before_keys_are_made_or_put_aside(
+    tmp_path: Path, server: ServerHome
+) -> None:
+    home = new_home(tmp_path, server)
+    install_bundle(home, answer(server, home))
+    signed = rotated(server, home)
+    new = (home.directory / "next" / "tls.key").read_bytes()
+    for step in count():
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(home.directory, copy)
+        killed(lambda copy=copy: install_bundle(replace(home, directory=copy), signed), step=step)  # type: ignore[misc]
+        if (copy / "next" / "enrolment.json").is_file():
+            break
+    again = tmp_path / "again"
+    shutil.copytree(copy, again)
+    request_rotation(replace(home, directory=again), software="fedrad 0.1.0", now=NOW)
+    assert (again / "keys" / "tls.key").read_bytes() == new != (again / "next" / "tls.key").read_bytes()
+    aside = set_keys_aside(replace(home, directory=copy), now=NOW)
+    assert aside is not None and (aside / "tls.key").read_bytes() == new
+    assert not (copy / "next").exists()
+
+
+def test_a_full_disk_leaves_the_old_keys_and_their_certificate(tmp_path: Path, server: ServerHome) -> None:
+    home = new_home(tmp_path, server)
+    install_bundle(home, answer(server, home))
+    signed, old = rotated(server, home), key_bytes(home.directory / "keys")
+    empty = tmp_path / "empty"
+    empty.touch()
+    with room_for(empty, 4096), pytest.raises(OSError):
+        reserve_room(home)  # nothing is asked for
+    reserve_room(home)
+    for room in (0, 200):
+        with room_for(empty, room), pytest.raises(OSError):
+            install_bundle(home, signed)
+        assert key_bytes(home.directory / "keys") == old and certificate_fits_key(home)
     install_bundle(home, signed)
+    assert certificate_fits_key(home) and not (home.directory / "next").exists()
+    assert not (home.directory / "tls" / "room").exists()
 
 
 def test_the_certificate_is_public_and_the_key_is_not(tmp_path: Path, server: ServerHome) -> None:
