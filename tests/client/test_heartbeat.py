@@ -88,7 +88,7 @@ def test_where_nothing_can_be_written_it_goes_on(tmp_path: Path) -> None:
 
 
 def until(ready: object) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 90
     while not ready():  # type: ignore[operator]
         assert time.monotonic() < end
         time.sleep(0.005)

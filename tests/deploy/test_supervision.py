@@ -25,7 +25,7 @@ def program(name: str, *command: str, account: Account | None = None) -> Program
 
 
 def until(ready: Callable[[], object]) -> None:
-    end = time.monotonic() + 15
+    end = time.monotonic() + 90
     while not ready():
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -17,7 +17,7 @@ from common.errors import EngineStopped
 from tests.client.pacs.nodes import VERSION, archive, chest, config, drafter, send
 
 
-def until(condition: Callable[[], object], *, within_s: float = 20.0) -> None:
+def until(condition: Callable[[], object], *, within_s: float = 120.0) -> None:
     """Wait for a condition that another thread makes true."""
     ends = time.monotonic() + within_s
     while not condition():

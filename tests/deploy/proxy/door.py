@@ -122,7 +122,7 @@ class Lab:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env={"HOME": state, "PATH": "/usr/bin:/bin"}
             )
-        end = time.monotonic() + 30
+        end = time.monotonic() + 90
         while True:
             with contextlib.suppress(OSError):
                 self.ask("/", certificate=None)
