@@ -153,7 +153,7 @@ def running_page(
         raise failed[0]
 
 
-def until(condition: Any, *, within_s: float = 30.0) -> Any:
+def until(condition: Any, *, within_s: float = 120.0) -> Any:
     """Wait until a condition that others make true gives something; returns it."""
     ends = time.monotonic() + within_s
     while not (got := condition()):
