@@ -65,7 +65,7 @@ def words(status: dict[str, Any], *, now: float) -> str:
             if not status[name]
         ]
     if status["error"]:
-        lines.append(f"The server does not serve this site: {status['error']}")
+        lines.append(f"Something is in the way between this site and the server: {status['error']}")
     ahead = status["clock_ahead_s"]
     if ahead is not None and abs(ahead) > SKEW_WARNING_S:
         direction = "ahead of" if ahead > 0 else "behind"

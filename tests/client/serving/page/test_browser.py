@@ -122,7 +122,7 @@ def test_first_paint_is_fast_and_the_draft_starts_with_its_first_token(tab: Any,
         for name in ("draft-asked", "first-token", "draft-done")
     )
     draft = Worklist(page.folder / "page" / "worklist").draft(id)
-    assert draft is not None and first < done
+    assert draft is not None and first <= done
     assert (first - asked) / 1000 < draft["first_token_s"] + 0.25
 
 
