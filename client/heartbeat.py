@@ -20,6 +20,7 @@ from typing import Any
 from common.files import write_atomic
 
 AGENT_NAME = "agent.json"
+LINK_NAME = "link.json"
 BEAT_S = 30.0
 STALE_S = 90.0
 _TICK_S = 1.0

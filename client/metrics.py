@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.budget import BudgetLimits, BudgetSummary, read_summary
+from client.heartbeat import LINK_NAME
 from client.home import SiteHome, list_studies, open_home, read_approved_study, read_study
 from common.errors import FedRadError, StudyNotApproved
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 LOG_NAME = Path("logs") / "agent.jsonl"
-LINK_NAME = "link.json"
 SERVED = "answered a stage"
 _REASON = re.compile(r"[A-Z][A-Za-z]{2,50}")
 

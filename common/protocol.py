@@ -39,9 +39,7 @@ MAGIC = b"FRM1"
 VERSION = 1
 OLDEST = 1
 SPOKEN = range(OLDEST, VERSION + 1)
-HELLO_VERSION = (
-    1  # of every release: a hello's header and body stay as they are, for it agrees on the version
-)
+HELLO_VERSION = 1  # of every release: a hello stays as it is, for it agrees on the version
 MAX_HEADER_BYTES = 4096
 MAX_OVERHEAD_BYTES = 8 + MAX_HEADER_BYTES + 64
 MAX_META_BYTES = 8 << 20

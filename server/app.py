@@ -116,8 +116,7 @@ def run_study(
     expected: names the sites that can come at all, where some have left the study for good.
     A study that has ended is witnessed once more: what was logged since (a release) gets its cosignatures.
     """
-    with _opened(grid, directory, clock, judge, release or running_release()) as opened:
-        run = replace(opened, expected=expected)
+    with _opened(grid, directory, clock, judge, release or running_release(), expected) as run:
         verify_plan(run.study)
         if run.study.federated_evaluation is not None:
             evaluation_plan_of(run.study).verify_accounting()
@@ -134,7 +133,14 @@ def run_study(
 
 
 @contextlib.contextmanager
-def _opened(grid: Grid, directory: Path, clock: Clock, judge: Judge | None, release: Speaks) -> Iterator[Run]:
+def _opened(
+    grid: Grid,
+    directory: Path,
+    clock: Clock,
+    judge: Judge | None,
+    release: Speaks,
+    expected: Callable[[], Collection[str]] | None,
+) -> Iterator[Run]:
     """Hold the study directory and its log for this process; load what the acceptance test needs."""
     with open_study_log(directory, clock=clock) as (opened, book):
         study = opened.study
@@ -143,7 +149,7 @@ def _opened(grid: Grid, directory: Path, clock: Clock, judge: Judge | None, rele
         cohort = Cohort(grid, study, clock=clock, spoken=release.versions)
         yield Run(
             opened, load_key(opened.key_path), cohort, book, clock, code_sha256(), dependencies_sha256(),
-            judge, culprits=opened.culprits(), release=release,
+            judge, culprits=opened.culprits(), release=release, expected=expected,
         )  # fmt: skip
 
 

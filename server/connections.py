@@ -6,12 +6,11 @@ Read while `up` may be running; nothing is locked or changed. Whether a site is 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.status import is_held
+from server.status import is_held, read_json
 
 STATUS_NAME = "status.json"
 LOCK_NAME = "state/supervisor.lock"
@@ -41,11 +40,7 @@ class ServerView:
 def read_server(directory: Path) -> ServerView | None:
     """Read a server's directory; None where `up` never ran in it, or its file is of another form."""
     try:
-        value = json.loads((directory / STATUS_NAME).read_bytes())
-    except (OSError, ValueError):
-        return None
-    try:
-        return server_view(value, running=is_held(directory / LOCK_NAME))
+        return server_view(read_json(directory / STATUS_NAME), running=is_held(directory / LOCK_NAME))
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
 

@@ -29,7 +29,7 @@ Fingerprint = Annotated[
 ]
 RequestFile = Annotated[Path, typer.Argument(metavar="REQUEST", help="The file that the site sent.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The bundle to write; default SITE.bundle.json.")]
-_DEFAULT_HOME = Path("~/.fedrad-server").expanduser()
+DEFAULT_HOME = Path("~/.fedrad-server").expanduser()
 
 
 def mount(app: typer.Typer) -> None:
@@ -42,7 +42,7 @@ def mount(app: typer.Typer) -> None:
 def init(
     consortium: Annotated[str, typer.Argument(help="The consortium's name, such as chest-2026.")],
     address: Annotated[str, typer.Option("--address", help="HOST:PORT where sites reach the server.")],
-    home: Home = _DEFAULT_HOME,
+    home: Home = DEFAULT_HOME,
     passphrase_file: Passphrase = None,
     as_json: Json = False,
 ) -> None:
@@ -59,7 +59,7 @@ def init(
     _show(made, as_json=as_json)
 
 
-def show(home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
+def show(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """Show the consortium and the operator's fingerprint, to read to the sites on the telephone."""
     from server.consortium import open_server_home
 
@@ -70,7 +70,7 @@ def show(home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
 def site_approve(
     request: RequestFile,
     fingerprint: Fingerprint,
-    home: Home = _DEFAULT_HOME,
+    home: Home = DEFAULT_HOME,
     out: Out = None,
     passphrase_file: Passphrase = None,
     as_json: Json = False,
@@ -89,7 +89,7 @@ def site_approve(
 def site_rotate(
     request: RequestFile,
     fingerprint: Fingerprint,
-    home: Home = _DEFAULT_HOME,
+    home: Home = DEFAULT_HOME,
     out: Out = None,
     passphrase_file: Passphrase = None,
     as_json: Json = False,
@@ -107,7 +107,7 @@ def site_rotate(
 @site_app.command("renew")
 def site_renew(
     request: RequestFile,
-    home: Home = _DEFAULT_HOME,
+    home: Home = DEFAULT_HOME,
     out: Out = None,
     passphrase_file: Passphrase = None,
     as_json: Json = False,
@@ -132,7 +132,7 @@ def site_renew(
 def site_revoke(
     site: Annotated[str, typer.Argument(help="The site's id.")],
     reason: Annotated[str, typer.Option(help="left, compromised or superseded.")] = "left",
-    home: Home = _DEFAULT_HOME,
+    home: Home = DEFAULT_HOME,
     passphrase_file: Passphrase = None,
     as_json: Json = False,
 ) -> None:
@@ -150,7 +150,7 @@ def site_revoke(
 
 
 @site_app.command("list")
-def site_list(home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
+def site_list(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """List the sites, with the end of each one's certificate."""
     from server.enrolment import read_sites
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.terminal import answer
+from server.enrolment_cli import DEFAULT_HOME
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,7 +27,6 @@ Directory = Annotated[
         help="The server's directory, a study's, or one above studies.",
     ),
 ]
-_DEFAULT_HOME = Path("~/.fedrad-server").expanduser()
 
 
 def add_operator_commands(app: typer.Typer) -> None:
@@ -40,7 +40,7 @@ def add_operator_commands(app: typer.Typer) -> None:
 
 
 def status(
-    directory: Directory = _DEFAULT_HOME,
+    directory: Directory = DEFAULT_HOME,
     watch: Annotated[bool, typer.Option("--watch", help="Stay, and show changes as they come.")] = False,
     every_s: Annotated[float, typer.Option("--every", min=0.5, help="Seconds between looks.")] = 2.0,
     as_json: Json = False,
@@ -81,7 +81,7 @@ def page(
             envvar="FEDRAD_SERVER_HOME",
             help="The server's directory, a study's, or one above studies.",
         ),
-    ] = _DEFAULT_HOME,
+    ] = DEFAULT_HOME,
     listen: Annotated[
         str, typer.Option("--listen", help="HOST:PORT; port 0 takes a free one.")
     ] = "127.0.0.1:8090",
@@ -120,7 +120,7 @@ def page(
 
 
 def metrics(
-    directory: Directory = _DEFAULT_HOME,
+    directory: Directory = DEFAULT_HOME,
     listen: Annotated[
         str, typer.Option("--listen", help="HOST:PORT; port 0 takes a free one.")
     ] = "127.0.0.1:9464",
@@ -136,7 +136,7 @@ def metrics(
 
 
 def traces(
-    directory: Directory = _DEFAULT_HOME,
+    directory: Directory = DEFAULT_HOME,
     once: Annotated[bool, typer.Option("--once", help="Send all that has been logged, and end.")] = False,
     every_s: Annotated[float, typer.Option("--every", min=0.5, help="Seconds between looks.")] = 5.0,
     as_json: Json = False,

@@ -187,14 +187,14 @@ def read_view(directory: Path) -> StudyView:
     study = read_signed_study(directory)
     held = is_held(directory / "lock")
     records = [_parse_record(value["record"]) for value in read_lines(directory / "records.jsonl")]
-    traffic = _read_json(directory / "traffic.json")
+    traffic = read_json(directory / "traffic.json")
     return view_of(
         study,
         directory=str(directory),
         held=held,
         events=read_lines(directory / "log.jsonl"),
         records=records,
-        pending=_pending(_read_json(directory / "pending.json")),
+        pending=_pending(read_json(directory / "pending.json")),
         traffic=traffic if isinstance(traffic, dict) else {},
         stated=read_stated(directory / LEDGER_NAME / ENTRIES_NAME, study.sha256),
     )
@@ -229,6 +229,9 @@ def view_of(
     """Make the view of a study from what its files hold; pure."""
     seconds = {event["round"]: float(event["seconds"]) for event in events if event.get("event") == "round"}
     missing = {event["round"]: event["missing"] for event in events if event.get("event") == "round"}
+    late: dict[str, float] = next(
+        (event.get("late", {}) for event in reversed(events) if event.get("event") == "round"), {}
+    )
     rounds = tuple(
         RoundView(
             record.round, record.attempt, seconds.get(record.round), record.contributors,
@@ -260,7 +263,10 @@ def view_of(
         rounds_planned=study.rounds,
         rounds_done=len(records),
         floor=study.cohort.min_sites,
-        sites=tuple(_site(study, site, events, rounds, failed, plan, stated) for site in study.site_ids),
+        sites=tuple(
+            _site(study, site, events, rounds, failed, plan, stated, late_s=float(late.get(site, 0.0)))
+            for site in study.site_ids
+        ),
         rounds=rounds,
         failed=failed,
         attempt=pending,
@@ -315,6 +321,8 @@ def _site(
     failed: Sequence[FailedAttempt],
     plan: PrivacyPlan | None,
     stated: StatedPrivacy,
+    *,
+    late_s: float,
 ) -> SiteView:
     served = [view.round for view in rounds if site in view.contributors]
     absences: dict[str, int] = {}
@@ -339,13 +347,8 @@ def _site(
         advice=advice(reason) if reason else "",
         epsilon=None if plan is None else stated.sites.get(site) or _site_bound(plan, charges),
         epsilon_signed=plan is not None and site in stated.sites,
-        late_s=_late(site, events),
+        late_s=late_s,
     )
-
-
-def _late(site: str, events: Iterable[dict[str, Any]]) -> float:
-    newest = [event.get("late", {}) for event in events if event.get("event") == "round"][-1:]
-    return float(newest[0].get(site, 0.0)) if newest else 0.0
 
 
 def _present_reason(reasons: Sequence[str], *, first: str) -> str:
@@ -412,7 +415,8 @@ def _parse_record(value: Any) -> RoundRecord:
     return parse_record(canonical_json(value))
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Read a JSON file that others may be writing; None where it is not there or is no JSON."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

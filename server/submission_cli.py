@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.terminal import answer
-from server.enrolment_cli import credentials_directory
+from server.enrolment_cli import DEFAULT_HOME, Home, credentials_directory
 
 if TYPE_CHECKING:
     from server.consortium import ServerHome
     from server.submission import Submitted
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Home = Annotated[Path, typer.Option("--home", envvar="FEDRAD_SERVER_HOME", help="The operator's directory.")]
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Study id or the start of its hash.")]
-_DEFAULT_HOME = Path("~/.fedrad-server").expanduser()
 
 
 def mount(study_app: typer.Typer) -> None:
@@ -29,7 +27,7 @@ def mount(study_app: typer.Typer) -> None:
 
 def submit(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="study.toml")],
-    home: Home = _DEFAULT_HOME,
+    home: Home = DEFAULT_HOME,
     base: Annotated[Path | None, typer.Option("--base", help="Base model directory, if not tiny.")] = None,
     public: Annotated[
         Path | None, typer.Option("--public", help="Prepared public pairs for the acceptance test.")
@@ -62,7 +60,7 @@ def submit(
     )
 
 
-def list_studies(home: Home = _DEFAULT_HOME, as_json: Json = False) -> None:
+def list_studies(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """List the submitted studies: state as `up` last said it, and which sites have not approved."""
     from server.submission import broken_studies, submitted_studies
 
@@ -87,7 +85,7 @@ def approval(
     study: StudyName,
     site: Annotated[str, typer.Argument(help="The site's id.")],
     signature: Annotated[str, typer.Argument(help="The approval, 128 hex digits, or - to withdraw.")],
-    home: Home = _DEFAULT_HOME,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Take in a decision, as of now, that came by another way than the site's own connection."""
@@ -116,12 +114,13 @@ def _open(home: Path) -> ServerHome:
 
 def _said_by_up(home: ServerHome) -> dict[str, dict[str, str]]:
     """Return state and reason by a study's hash out of `status.json`; nothing where `up` has not run."""
-    import json
+    from server.connections import STATUS_NAME
+    from server.status import read_json
 
     try:
-        studies = json.loads((home.directory / "status.json").read_text())["studies"].values()
+        studies = read_json(home.directory / STATUS_NAME)["studies"].values()
         return {one["study"]: {"state": one["state"], "reason": one["reason"]} for one in studies}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return {}
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from common.terminal import answer, run_program
 from server.cli import app, study_app
-from server.enrolment_cli import Passphrase, credentials_directory, read_passphrase
+from server.enrolment_cli import DEFAULT_HOME, Home, Passphrase, credentials_directory, read_passphrase
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Home = Annotated[Path, typer.Option("--home", envvar="FEDRAD_SERVER_HOME", help="The operator's directory.")]
-_DEFAULT_HOME = Path("~/.fedrad-server").expanduser()
 
 
 @app.command()
 def up(
-    home: Home = _DEFAULT_HOME,
+    home: Home = DEFAULT_HOME,
     listen: Annotated[
         str | None,
         typer.Option("--listen", help="HOST:PORT of the proxy; default 0.0.0.0:PORT."),
@@ -73,7 +70,7 @@ def up(
 @study_app.command("resume")
 def study_resume(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="Study id or the start of its hash.")],
-    home: Home = _DEFAULT_HOME,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Let a study that ended with a refusal start again, after its reason is mended."""

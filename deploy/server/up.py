@@ -45,6 +45,7 @@ from deploy.proxy.render import Door, KnownNode
 from deploy.server.endpoint import SiteEndpoint
 from deploy.server.runs import StudyRuns
 from deploy.supervision import RESTLESS_ENDS, Bearing, Program, Supervisor, supervisor
+from server.connections import STATUS_NAME
 from server.consortium import ServerHome, renew_server_certificate, utc_now
 from server.enrolment import RegisteredSite, SiteState, read_sites, refresh_crl
 from server.submission import broken_studies
@@ -349,7 +350,7 @@ class _Server:
         }
         data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
         if data != self._written:
-            write_atomic(self._home.directory / "status.json", data)
+            write_atomic(self._home.directory / STATUS_NAME, data)
             self._written = data
 
     def _write_end(self) -> None:

@@ -44,7 +44,7 @@ from client.enrolment import (
     tls_key_path,
     utc_now,
 )
-from client.heartbeat import whoami
+from client.heartbeat import LINK_NAME, whoami
 from client.home import Decision, SiteHome, list_studies, read_decision, receive_study
 from common.canonical import sha256_hex
 from common.ec_keys import key_sha256, load_csr
@@ -57,7 +57,6 @@ from deploy.supervision import Bearing
 
 log = logging.getLogger("fedrad.link")
 
-STATUS_NAME = "link.json"
 SKEW_WARNING_S = 60.0
 _ASK_EVERY_S = 30.0
 _FIRST_PAUSE_S = 2.0
@@ -307,5 +306,5 @@ class SiteLink:
         last = self._written.get("at", 0.0)
         if stable == self._written.get("value") and time.monotonic() - last < 15 * _STATUS_EVERY_S:
             return
-        write_atomic(self._home.directory / "run" / STATUS_NAME, json.dumps(value, indent=1).encode())
+        write_atomic(self._home.directory / "run" / LINK_NAME, json.dumps(value, indent=1).encode())
         self._written = {"value": stable, "at": time.monotonic()}

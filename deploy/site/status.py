@@ -13,11 +13,10 @@ from typing import Any
 
 from client.budget import BudgetLimits, read_summary
 from client.enrolment import read_enrolled
-from client.heartbeat import AGENT_NAME, STALE_S, heard
+from client.heartbeat import AGENT_NAME, LINK_NAME, STALE_S, heard
 from client.home import SiteHome, list_studies, read_approved_study, read_study
 from common.errors import FedRadError, StudyNotApproved
 from deploy.site.link import SKEW_WARNING_S
-from deploy.site.link import STATUS_NAME as LINK_NAME
 from deploy.site.up import STATUS_NAME as UP_NAME
 
 _QUIET_S = 75.0

@@ -54,14 +54,15 @@ class RealConsortium:
     def home(self, site: str) -> SiteHome:
         return open_home(self.directory / site)
 
-    def enrol(self, site: str) -> SiteHome:
+    def enrol(self, site: str, *, base: tuple[str, Path] | None = None, epsilon: float = 20.0) -> SiteHome:
         server, now = self.server, datetime.now(UTC)
         home = create_home(
             self.directory / site,
             site=site,
             operator_key=server.message_key().public,
             data=self.directory / "data" / site,
-            bases={"tiny": tiny_base_directory()},
+            bases=dict([base or ("tiny", tiny_base_directory())]),
+            epsilon=epsilon,
         )
         request = request_enrolment(home, software="fedrad 0.1.0", now=now)
         signed = approve(
@@ -207,7 +208,14 @@ def listening_addresses(pids: set[int]) -> set[str]:
 
 
 @contextlib.contextmanager
-def running(directory: Path, *, enrolled: tuple[str, ...], patients: int = 24) -> Iterator[RealConsortium]:
+def running(
+    directory: Path,
+    *,
+    enrolled: tuple[str, ...],
+    patients: int = 24,
+    base: tuple[str, Path] | None = None,
+    epsilon: float = 20.0,
+) -> Iterator[RealConsortium]:
     """Make a consortium whose sites have synthetic data; the caller starts what it wants."""
     consortium = RealConsortium(directory, free_port())
     create_server_home(
@@ -217,7 +225,7 @@ def running(directory: Path, *, enrolled: tuple[str, ...], patients: int = 24) -
         directory / "data", sites=enrolled, patients=dict.fromkeys(enrolled, patients), seed=77
     )
     for site in enrolled:
-        consortium.enrol(site)
+        consortium.enrol(site, base=base, epsilon=epsilon)
     try:
         yield consortium
     finally:

@@ -227,14 +227,16 @@ def test_a_site_that_deals_other_shares_than_it_announced_is_left_out_from_then_
     assert [e.body.code for e in entries(world) if isinstance(e.body, Incident)] == ["wrong-share"]
 
 
+def other_shares(body: bytes) -> bytes:
+    """Deal other shares than were announced."""
+    dealt = parse_shares(bytes(unpack_body(body, fields={}, parts=1)[1][0]))
+    return pack_body({}, format_shares(replace(dealt, seed_digests=dealt.key_digests)))
+
+
 def test_a_restarted_server_knows_the_culprits(make: Make) -> None:
     world = make(mode="consortium", rounds=2)
 
-    def change(body: bytes) -> bytes:
-        dealt = parse_shares(bytes(unpack_body(body, fields={}, parts=1)[1][0]))
-        return pack_body({}, format_shares(replace(dealt, seed_digests=dealt.key_digests)))
-
-    altered(world, "delta", Stage.SHARES, change)
+    altered(world, "delta", Stage.SHARES, other_shares)
 
     def stop(site: str, header: Header, request: bytes) -> bytes:
         if header.round == 0 and header.attempt == 2 and header.stage is Stage.CONTRIBUTE:
@@ -254,11 +256,7 @@ def test_a_restarted_server_knows_the_culprits(make: Make) -> None:
 def test_a_culprit_without_whom_there_are_too_few_stays_in(make: Make) -> None:
     world = make(mode="consortium", rounds=1, min_sites=4, max_attempts=2)
 
-    def change(body: bytes) -> bytes:
-        dealt = parse_shares(bytes(unpack_body(body, fields={}, parts=1)[1][0]))
-        return pack_body({}, format_shares(replace(dealt, seed_digests=dealt.key_digests)))
-
-    altered(world, "delta", Stage.SHARES, change)
+    altered(world, "delta", Stage.SHARES, other_shares)
     with pytest.raises(RoundFailed, match="at most 2 attempts"):
         world.run()
     assert [list(failed["missing"]) for failed in events(world, "round-failed")] == [["delta"], ["delta"]]

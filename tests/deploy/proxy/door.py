@@ -23,7 +23,7 @@ from common.enrolment import (
     fingerprint_of,
 )
 from common.ledger.entries import RevocationReason
-from deploy.local.certificates import write_loopback_tls
+from deploy.local.certificates import LoopbackTls, write_loopback_tls
 from deploy.local.flower import free_port
 from deploy.proxy.files import write_door
 from deploy.proxy.render import CLIENT_HEADER, Door, KnownNode
@@ -181,6 +181,26 @@ class Lab:
             connection.close()
 
 
+def door_of(
+    home: ServerHome, port: int, internal: LoopbackTls, *, superlink_port: int, api_port: int, **limits: int
+) -> Door:
+    """Return the door of a consortium, its files beside the consortium's directory."""
+    directory = home.directory.parent
+    return Door(
+        listen=f"127.0.0.1:{port}",
+        state=directory / "proxy",
+        logs=directory / "logs",
+        certificate=home.certificate,
+        key=home.certificate_key,
+        authority=home.authority_directory / "ca.crt",
+        crl=home.crl,
+        internal_authority=internal.authority,
+        superlink_port=superlink_port,
+        api_port=api_port,
+        **limits,
+    )
+
+
 @contextlib.contextmanager
 def running_lab(directory: Path, proxy: Proxy, **limits: int) -> Iterator[Lab]:
     """Run a proxy with the sites north and south before a backend."""
@@ -192,18 +212,8 @@ def running_lab(directory: Path, proxy: Proxy, **limits: int) -> Iterator[Lab]:
     context.load_cert_chain(str(tls.certificate), str(tls.key))
     backend = Backend()
     superlink, api = backend.serve(context), backend.serve(None)
-    door = Door(
-        listen=f"127.0.0.1:{port}",
-        state=directory / "proxy",
-        logs=directory / "logs",
-        certificate=home.certificate,
-        key=home.certificate_key,
-        authority=home.authority_directory / "ca.crt",
-        crl=home.crl,
-        internal_authority=tls.authority,
-        superlink_port=superlink.server_address[1],
-        api_port=api.server_address[1],
-        **limits,
+    door = door_of(
+        home, port, tls, superlink_port=superlink.server_address[1], api_port=api.server_address[1], **limits
     )
     lab = Lab(home, door, proxy, backend)
     for site in ("north", "south"):

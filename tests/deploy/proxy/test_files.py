@@ -12,12 +12,11 @@ from client.enrolment import load_ec_key, tls_key_path
 from common.ec_keys import make_csr
 from deploy.local.certificates import write_loopback_tls
 from deploy.proxy.files import read_by
-from deploy.proxy.render import Door
 from deploy.server.up import Proxy
 from server.consortium import create_server_home
 from server.enrolment import renew
 from tests.deploy.lab import RealConsortium, running
-from tests.deploy.proxy.door import Backend, Lab
+from tests.deploy.proxy.door import Backend, Lab, door_of
 
 
 @pytest.fixture
@@ -25,18 +24,8 @@ def lab(tmp_path: Path) -> Lab:
     """A consortium with north and south, and a door that nobody holds."""
     now = datetime.now(UTC)
     home = create_server_home(tmp_path / "srv", consortium="lab", address="localhost:8443", now=now)
-    door = Door(
-        listen="127.0.0.1:8443",
-        state=tmp_path / "proxy",
-        logs=tmp_path / "logs",
-        certificate=home.certificate,
-        key=home.certificate_key,
-        authority=home.authority_directory / "ca.crt",
-        crl=home.crl,
-        internal_authority=write_loopback_tls(tmp_path / "internal", now=now).authority,
-        superlink_port=9400,
-        api_port=9401,
-    )
+    internal = write_loopback_tls(tmp_path / "internal", now=now)
+    door = door_of(home, 8443, internal, superlink_port=9400, api_port=9401)
     made = Lab(home, door, Proxy.NGINX, Backend())
     for site in ("north", "south"):
         made.enter(site)
